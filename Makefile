@@ -1,0 +1,56 @@
+# `make demo` and `make test` are all that a new user needs; `make check` is what CI runs.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test check lint types imports bench typing servers clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.dev servers
+	$(BIN)/pytest -n 2 --dist worksteal
+
+check: lint types imports test
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev typing
+	$(BIN)/mypy
+
+imports: $(VENV)/.dev typing
+	PYTHONPATH=.typing $(BIN)/lint-imports
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/publish_to_served.py
+
+# The packages as mypy and import-linter see them: an editable install maps them by a hook that neither follows.
+typing:
+	@mkdir -p .typing/refleet
+	@ln -sfn ../../publisher .typing/refleet/publisher
+	@ln -sfn ../../worker .typing/refleet/worker
+	@ln -sfn ../../common .typing/refleet/common
+	@ln -sfn ../../common/_root/__init__.py .typing/refleet/__init__.py
+	@ln -sfn ../../common/_root/py.typed .typing/refleet/py.typed
+
+# The tests run against two servers: Valkey comes from PyPI, redis-server from the system. CI installs it; a laptop is told.
+servers:
+	@command -v redis-server >/dev/null || if [ -n "$(CI)" ]; then apt-get update -q && apt-get install -y -q redis-server; \
+	  else echo "redis-server is not installed: its tests are skipped (Debian: apt-get install redis-server)"; fi
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) -c constraints.txt -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.demo
+
+clean:
+	rm -rf $(VENV) .typing build ./*.egg-info .mypy_cache .ruff_cache .pytest_cache
