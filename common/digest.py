@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def digest_of(*parts: Buffer) -> bytes:
     """BLAKE3-256 of the concatenated bytes."""
-    hasher = blake3()
+    hasher = blake3(max_threads=blake3.AUTO)
     for part in parts:
         hasher.update(part)
     return hasher.digest()
@@ -24,7 +24,7 @@ def digest_of(*parts: Buffer) -> bytes:
 
 def digest_blocks(blocks: Iterable[Buffer]) -> bytes:
     """BLAKE3-256 of a stream of blocks, never holding more than one."""
-    hasher = blake3()
+    hasher = blake3(max_threads=blake3.AUTO)
     for block in blocks:
         hasher.update(block)
     return hasher.digest()

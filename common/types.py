@@ -1,7 +1,6 @@
-"""The facts that publisher and worker exchange and keep, as frozen dataclasses.
+"""The facts about tensors, versions and deltas, as frozen dataclasses.
 
-Digests and fingerprints are 32 raw bytes (BLAKE3) in memory and 64 hex digits for people. Times are milliseconds since
-the epoch where they are only shown; nothing is decided by comparing clocks of two machines.
+Digests and fingerprints are 32 raw bytes (BLAKE3) in memory and 64 hex digits for people.
 """
 
 from __future__ import annotations
@@ -9,8 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from enum import IntEnum
+from dataclasses import dataclass
 from functools import cached_property
 
 from .limits import LIMITS
@@ -30,37 +28,41 @@ DTYPE_BYTES: dict[str, int] = {
 }  # fmt: skip
 
 
-def _require(ok: bool, what: str) -> None:
+def require(ok: bool, what: str) -> None:
     if not ok:
         raise ValueError(what)
 
 
-def _digest(value: bytes, what: str) -> None:
-    _require(len(value) == 32, f"{what} must be 32 bytes, not {len(value)}")
+def require_digest(value: bytes | None, what: str) -> None:
+    if value is not None and len(value) != 32:
+        raise ValueError(f"{what} must be 32 bytes, not {len(value)}")
+
+
+def require_order(epoch: int, seq: int, *, first: int = 0) -> None:
+    require(first <= epoch < 1 << 63 and first <= seq < 1 << 63, f"order ({epoch}, {seq})")
+
+
+def require_time(at_ms: int) -> None:
+    require(0 <= at_ms < 1 << 47, f"time {at_ms}")  # the year 6429: every calendar function takes it
+
+
+def require_counts(*values: int) -> None:
+    require(all(n >= 0 for n in values), f"negative count in {values}")
 
 
 def tensor_name_problem(name: str) -> str | None:
     """Why `name` can't name a tensor, or None. Names are data, never paths: `..` has no business in them."""
     if not name:
         return "the empty name"
-    if len(name.encode("utf-8", "surrogatepass")) > LIMITS.tensor_name_bytes:
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:  # lone surrogates
+        return f"a name that is not valid Unicode: {name[:60]!r}"
+    if size > LIMITS.tensor_name_bytes:
         return f"a name longer than {LIMITS.tensor_name_bytes} bytes: {name[:60]!r}..."
     if ".." in name or "\0" in name:
         return f"a name with '..' or NUL in it: {name!r}"
-    if any(0xD800 <= ord(c) <= 0xDFFF for c in name):
-        return f"a name that is not valid Unicode: {name!r}"
     return None
-
-
-class Evidence(IntEnum):
-    """What an ack may claim; each step includes the ones before it."""
-
-    NONE = 0
-    RECEIVED = 1
-    STAGED = 2
-    REFITTED = 3
-    PROBED = 4
-    SERVING = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +72,18 @@ class TensorSpec:
     shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        problem = tensor_name_problem(self.name)
-        _require(problem is None, f"tensor name: {problem}")
-        _require(self.dtype in DTYPE_BYTES, f"tensor {self.name!r}: dtype {self.dtype!r} is not supported")
-        _require(len(self.shape) <= LIMITS.tensor_dims, f"tensor {self.name!r}: more than {LIMITS.tensor_dims} dims")
-        _require(all(n >= 0 for n in self.shape), f"tensor {self.name!r}: negative size in {list(self.shape)}")
-        _require(self.size_bytes <= LIMITS.tensor_bytes, f"tensor {self.name!r}: {self.size_bytes} bytes")
+        # without `_require`: an index may have 100 000 of these, and messages that nobody reads cost the most
+        if problem := tensor_name_problem(self.name):
+            raise ValueError(f"tensor name: {problem}")
+        if self.dtype not in DTYPE_BYTES:
+            raise ValueError(f"tensor {self.name!r}: dtype {self.dtype[:40]!r} is not supported")
+        if len(self.shape) > LIMITS.tensor_dims:
+            raise ValueError(f"tensor {self.name!r}: more than {LIMITS.tensor_dims} dims")
+        for n in self.shape:
+            if not 0 <= n <= LIMITS.tensor_bytes:  # also beside a 0, where the product says nothing
+                raise ValueError(f"tensor {self.name!r}: size {n} in {list(self.shape)}")
+        if self.size_bytes > LIMITS.tensor_bytes:
+            raise ValueError(f"tensor {self.name!r}: {self.size_bytes} bytes")
 
     @property
     def item_bytes(self) -> int:
@@ -95,7 +103,13 @@ class TensorEntry:
     digest: bytes  # BLAKE3 of the tensor's bytes: its address in a store
 
     def __post_init__(self) -> None:
-        _digest(self.digest, f"digest of {self.spec.name!r}")
+        require_digest(self.digest, "digest of a tensor")
+
+
+def _sorted_names(tensors: tuple[TensorEntry, ...] | tuple[DeltaTensor, ...]) -> None:
+    require(len(tensors) <= LIMITS.tensors, f"{len(tensors)} tensors exceed {LIMITS.tensors}")
+    names = [tensor.spec.name.encode() for tensor in tensors]
+    require(names == sorted(set(names)), "tensor names must be sorted and unique")
 
 
 @dataclass(frozen=True)
@@ -105,9 +119,7 @@ class Manifest:
     tensors: tuple[TensorEntry, ...]
 
     def __post_init__(self) -> None:
-        names = [entry.spec.name.encode() for entry in self.tensors]
-        _require(names == sorted(set(names)), "manifest names must be sorted and unique")
-        _require(len(names) <= LIMITS.tensors, f"{len(names)} tensors exceed {LIMITS.tensors}")
+        _sorted_names(self.tensors)
 
     @classmethod
     def of(cls, entries: Iterable[TensorEntry]) -> Manifest:
@@ -151,9 +163,14 @@ class DeltaTensor:
     blocks: tuple[Block, ...]
 
     def __post_init__(self) -> None:
-        _digest(self.digest, f"digest of {self.spec.name!r}")
-        wanted = -(-self.spec.size_bytes // LIMITS.block_bytes)
-        _require(len(self.blocks) in (0, wanted), f"{self.spec.name!r}: {len(self.blocks)} blocks, not {wanted}")
+        require_digest(self.digest, "digest of a tensor")
+        rest = self.spec.size_bytes
+        if self.blocks and len(self.blocks) != -(-rest // LIMITS.block_bytes):
+            raise ValueError(f"{self.spec.name!r}: {len(self.blocks)} blocks for {rest} bytes")
+        for block in self.blocks:  # no codec makes a block larger: what a reader has to hold stays bounded
+            if not 0 <= block.encoded_bytes <= min(rest, LIMITS.block_bytes):
+                raise ValueError(f"{self.spec.name!r}: a block of {block.encoded_bytes} encoded bytes")
+            rest -= LIMITS.block_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,17 +188,15 @@ class Index:
     chunks: tuple[bytes, ...]  # BLAKE3 of each body chunk
 
     def __post_init__(self) -> None:
-        if self.base is not None:
-            _digest(self.base, "base fingerprint")
-        _digest(self.target, "target fingerprint")
-        _require(len(self.tensors) <= LIMITS.tensors, f"{len(self.tensors)} tensors exceed {LIMITS.tensors}")
-        _require(1 <= self.chunk_bytes <= LIMITS.chunk_bytes_max, f"chunk size {self.chunk_bytes}")
+        require_digest(self.base, "base fingerprint")
+        require_digest(self.target, "target fingerprint")
+        _sorted_names(self.tensors)
+        require(1 <= self.chunk_bytes <= LIMITS.chunk_bytes_max, f"chunk size {self.chunk_bytes}")
         total = sum(block.encoded_bytes for tensor in self.tensors for block in tensor.blocks)
-        _require(all(b.encoded_bytes >= 0 for t in self.tensors for b in t.blocks), "negative block size")
-        _require(total == self.body_bytes, f"blocks add up to {total} bytes, the body has {self.body_bytes}")
-        _require(len(self.chunks) == -(-self.body_bytes // self.chunk_bytes), f"{len(self.chunks)} chunk digests")
+        require(total == self.body_bytes, f"blocks add up to {total} bytes, the body has {self.body_bytes}")
+        require(len(self.chunks) == -(-self.body_bytes // self.chunk_bytes), f"{len(self.chunks)} chunk digests")
         for digest in self.chunks:
-            _digest(digest, "chunk digest")
+            require_digest(digest, "chunk digest")
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,185 +213,15 @@ class PayloadRef:
     index_digest: bytes
 
     def __post_init__(self) -> None:
-        _require(bool(PAYLOAD_ID.match(self.payload_id)), f"payload id {self.payload_id!r}")
-        if self.base is not None:
-            _digest(self.base, "base fingerprint")
-        _digest(self.target, "target fingerprint")
-        _digest(self.index_digest, "index digest")
-        _require(0 < self.index_bytes <= LIMITS.index_bytes, f"index of {self.index_bytes} bytes")
-        _require(0 < self.index_chunks <= self.index_bytes, f"{self.index_chunks} index chunks")
-        _require(0 <= self.body_chunks <= max(self.body_bytes, 0), f"{self.body_chunks} body chunks")
+        require(bool(PAYLOAD_ID.match(self.payload_id)), f"payload id {self.payload_id!r}")
+        require_digest(self.base, "base fingerprint")
+        require_digest(self.target, "target fingerprint")
+        require_digest(self.index_digest, "index digest")
+        require(0 < self.index_bytes <= LIMITS.index_bytes, f"index of {self.index_bytes} bytes")
+        require(0 < self.index_chunks <= self.index_bytes, f"{self.index_chunks} index chunks")
+        least = -(-self.body_bytes // LIMITS.chunk_bytes_max)
+        require(0 <= least <= self.body_chunks <= self.body_bytes < 1 << 63, f"{self.body_chunks} body chunks")
 
     @property
     def size_bytes(self) -> int:
         return self.body_bytes + self.index_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Release:
-    """An entry of the model's log: the fleet's target is now `version`."""
-
-    model: str
-    publisher: str  # id of the publisher's store
-    epoch: int
-    seq: int
-    kind: str  # "publish" or "rollback"
-    version: str
-    fingerprint: bytes
-    base: bytes | None  # fingerprint of the target before this release
-    payload: PayloadRef | None  # None: every live worker held the target when it was announced
-    changed_tensors: int
-    total_tensors: int
-    payload_bytes: int
-    full_bytes: int
-    created_at_ms: int
-    message: str
-
-    def __post_init__(self) -> None:
-        _require(bool(MODEL_NAME.match(self.model)), f"model name {self.model!r}")
-        _require(bool(NONCE.match(self.publisher)), f"publisher id {self.publisher!r}")
-        _require(1 <= self.epoch < 1 << 63 and 1 <= self.seq < 1 << 63, f"order ({self.epoch}, {self.seq})")
-        _require(self.kind in ("publish", "rollback"), f"kind {self.kind!r}")
-        _require(bool(VERSION_ID.match(self.version)), f"version id {self.version!r}")
-        _digest(self.fingerprint, "fingerprint")
-        if self.base is not None:
-            _digest(self.base, "base fingerprint")
-        _require(self.payload is None or self.payload.target == self.fingerprint, "payload of another version")
-        counts = (self.changed_tensors, self.total_tensors, self.payload_bytes, self.full_bytes)
-        _require(all(n >= 0 for n in counts), f"negative count in {counts}")
-        _require(len(self.message.encode()) <= LIMITS.message_bytes, "message too long")
-
-    @property
-    def order(self) -> tuple[int, int]:
-        return (self.epoch, self.seq)
-
-
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """A further payload towards a version: the answer to workers' `Want`s. Changes nobody's target."""
-
-    model: str
-    publisher: str
-    epoch: int
-    payload: PayloadRef
-
-    def __post_init__(self) -> None:
-        _require(bool(MODEL_NAME.match(self.model)), f"model name {self.model!r}")
-        _require(bool(NONCE.match(self.publisher)), f"publisher id {self.publisher!r}")
-        _require(1 <= self.epoch < 1 << 63, f"epoch {self.epoch}")
-
-
-@dataclass(frozen=True, slots=True)
-class VerifyRequest:
-    """Asks every worker to re-hash what its engine holds now."""
-
-    model: str
-    nonce: str
-    created_at_ms: int
-
-    def __post_init__(self) -> None:
-        _require(bool(MODEL_NAME.match(self.model)), f"model name {self.model!r}")
-        _require(bool(NONCE.match(self.nonce)), f"nonce {self.nonce!r}")
-
-
-@dataclass(frozen=True, slots=True)
-class Lease:
-    """Who publishes: one store at a time."""
-
-    publisher: str
-    epoch: int
-    host: str
-    store: str
-    pid: int
-
-    def __str__(self) -> str:
-        return f"store {self.store} on {self.host} (pid {self.pid}, epoch {self.epoch})"
-
-
-@dataclass(frozen=True, slots=True)
-class Serving:
-    """What answers requests: a release that passed every check."""
-
-    version: str
-    epoch: int
-    seq: int
-    fingerprint: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why a worker did not do what a release asked."""
-
-    code: str
-    what: str
-    tensor: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Want:
-    """A worker's standing request: bytes towards `target`, from one of the versions it reports in `have`."""
-
-    target: bytes
-    lacks: tuple[bytes, ...]  # digests that bit rot took from the versions in `have`
-    refused: tuple[str, ...]  # payload ids that proved unusable: don't offer these again
-
-
-@dataclass(frozen=True, slots=True)
-class Verified:
-    """The answer to a `VerifyRequest`: every tensor that the engine holds was read back and hashed."""
-
-    nonce: str
-    ok: bool
-    tensors: int
-    first_bad: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Ack:
-    """One evidence record of one worker. `fingerprint` covers all installed tensors, not only the changed ones."""
-
-    worker: str
-    model: str
-    epoch: int
-    seq: int
-    version: str
-    evidence: Evidence
-    fingerprint: bytes | None  # of what the engine holds; None: nothing verified
-    serving: str | None  # version id that answers requests now
-    engine_build: str
-    payload_bytes: int
-    timings_ms: dict[str, float] = field(default_factory=dict)
-    probe: bytes | None = None  # digest of the engine's outputs on its probe inputs
-    failure: Failure | None = None
-    verified: Verified | None = None
-
-    @property
-    def order(self) -> tuple[int, int]:
-        return (self.epoch, self.seq)
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerStatus:
-    """A worker's heartbeat: everything that `refleet status` shows of it."""
-
-    worker: str
-    instance: str  # id of its state folder: tells a restarted worker from a second one with the same id
-    model: str
-    state: str
-    serving: Serving | None
-    target: str | None
-    target_epoch: int
-    target_seq: int
-    evidence: Evidence  # for the target
-    failure: Failure | None
-    received_bytes: int
-    expected_bytes: int
-    have: tuple[bytes, ...]  # fingerprints of complete versions in its store, the served one first
-    want: Want | None
-    epoch: int  # highest epoch accepted: a new publisher claims above it
-    refused: int  # records refused since start
-    last_refusal: Failure | None
-    signed: bool  # whether records must be signed by a trusted key
-    engine_build: str
-    heartbeat_s: float
-    started_at_ms: int

@@ -1,0 +1,34 @@
+"""The serving side.
+
+follow   accepts or refuses records        receive, stage  rebuild a version and verify it, the engine untouched
+apply    switches the engine, whole        pursue          the state machine between log and engine
+gate     requests hold one version         engine          what an engine must do; torch_engine, file_engine
+board    status of this worker             acks, heart     tell the fleet
+worker   the Worker and its loop           http, metrics   tell probes and Prometheus
+cli      `refleet-worker`
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .file_engine import FileEngine
+    from .http import HttpFront
+    from .torch_engine import TorchEngine
+    from .worker import Worker
+
+__all__ = ["Worker", "TorchEngine", "FileEngine", "HttpFront"]
+
+_HOMES = {"Worker": "worker", "TorchEngine": "torch_engine", "FileEngine": "file_engine", "HttpFront": "http"}
+
+if not TYPE_CHECKING:  # a type checker would take it as leave to use any name
+
+    def __getattr__(name: str) -> object:
+        """Imports on first use: a worker with a file engine never pays for torch."""
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+        globals()[name] = found
+        return found

@@ -1,0 +1,17 @@
+# refleet on CPU: publisher and workers run from this one image (see compose.yaml).
+FROM python:3.11-slim AS build
+WORKDIR /src
+COPY pyproject.toml README.md LICENSE constraints.txt ./
+COPY common common
+COPY publisher publisher
+COPY worker worker
+# The CPU build of torch: the default wheel for Linux brings several GB of CUDA libraries that these services don't use.
+RUN pip install --no-cache-dir --prefix /install --extra-index-url https://download.pytorch.org/whl/cpu -c constraints.txt .
+
+FROM python:3.11-slim
+COPY --from=build /install /usr/local
+RUN useradd --create-home --uid 10001 refleet \
+ && mkdir /store /state /models /checkpoints && chown refleet /store /state /models
+USER refleet
+ENV PYTHONUNBUFFERED=1
+CMD ["refleet", "--help"]

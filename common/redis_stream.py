@@ -1,0 +1,292 @@
+"""`Stream` over Redis 6.2 ... 8 or Valkey 7.2 ... 9, through redis-py. Keys and promises: stream.py."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from redis.exceptions import NoPermissionError, ResponseError
+
+from . import redis_scripts as scripts
+from .errors import StreamError
+from .limits import LIMITS, Limits
+from .messages import Lease
+from .redis_link import Link, send_all
+from .redis_replies import (
+    LIFETIME,
+    Argument,
+    epoch_number,
+    facts_of,
+    fence_arguments,
+    log_id,
+    member_of,
+    milliseconds,
+    records,
+    text_id,
+    with_text_ids,
+)
+from .stream import (
+    ACK_KEEP_S,
+    Entries,
+    Keys,
+    LogId,
+    Member,
+    ServerFacts,
+    check_members,
+    check_size,
+    fenced_off,
+    gap,
+    id_taken,
+    next_epoch,
+    not_next,
+)
+from .types import WORKER_ID
+from .wire import unpack
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+TIMEOUT_S = 20.0  # the longest wait for a reply, beyond which a server counts as lost
+CLAIM_TRIES = 100  # only publishers that claim in the same instant cost tries; one of them wins each round
+ACKS_AT_ONCE = 256
+MEMBERS_AT_ONCE = 1000
+
+
+class RedisStream:
+    """One model on one server. Connects on first use; close it when done."""
+
+    def __init__(self, url: str, model: str, *, timeout_s: float = TIMEOUT_S, limits: Limits = LIMITS):
+        """`url`: redis://, rediss:// or unix://. Raises UsageError for a bad url or model name."""
+        self.model = model
+        self._keys = Keys(model)
+        self._limits = limits
+        self._link = Link(url, model=model, timeout_s=timeout_s)
+        self._slice_s = timeout_s / 2  # one blocking read: well below the reply timeout, so that silence is an error
+
+    def close(self) -> None:
+        self._link.close()
+
+    def read(self, log_after: LogId, control_after: str, *, block_s: float, count: int = 256) -> Entries:
+        cursors = {self._keys.log: text_id(log_after), self._keys.control: control_after}
+        found = self._wait("reading log and control", cursors, block_s, count)
+        log = found.get(self._keys.log.encode(), [])
+        return Entries([(log_id(i), r) for i, r in log], with_text_ids(found.get(self._keys.control.encode(), [])))
+
+    def last_ids(self) -> tuple[LogId, str]:
+        doing = "asking for the last ids"
+        with self._link.use(doing) as redis:
+            replies = send_all(redis, lambda pipe: pipe.xinfo_stream(self._keys.log).xinfo_stream(self._keys.control))
+        last = []
+        for reply in replies:
+            if isinstance(reply, ResponseError) and "no such key" in str(reply):
+                last.append(b"0-0")
+            elif isinstance(reply, Exception):
+                raise self._link.refuse(reply, doing)
+            else:
+                last.append(reply["last-generated-id"])
+        return log_id(last[0]), last[1].decode()
+
+    def history(self, count: int) -> list[tuple[LogId, bytes]]:
+        with self._link.use("reading the log's history") as redis:
+            newest = records(redis.xrevrange(self._keys.log, count=count))
+        return [(log_id(entry_id), record) for entry_id, record in reversed(newest)]
+
+    def claim(self, lease: Lease, *, floor: int, ttl_s: float, take_over: bool) -> int:
+        keys = [self._keys.epoch, self._keys.lease]
+        for _ in range(CLAIM_TRIES):
+            doing = "claiming the epoch"
+            with self._link.use(doing) as redis:
+                seen_epoch, seen_lease = redis.get(keys[0]) or b"", redis.hget(keys[1], "record") or b""
+            held = unpack(seen_lease, Lease) if seen_lease else None
+            epoch = next_epoch(lease, held=held, epoch=epoch_number(seen_epoch), floor=floor, take_over=take_over)
+            mine = replace(lease, epoch=epoch)
+            # the decision is made here, where the memory twin shares it; the server only compares and sets
+            args = [seen_epoch, seen_lease, *fence_arguments(mine, ttl_s)]
+            with self._link.use(doing) as redis:
+                if scripts.run(redis, scripts.CLAIM, keys, args) == 1:
+                    return epoch
+        raise StreamError(
+            f"the lease of {self.model} changed {CLAIM_TRIES} times while claiming it",
+            next="look for publishers that fight over it",
+        )
+
+    def renew(self, lease: Lease, *, ttl_s: float) -> None:
+        self._fenced("renewing the lease", scripts.RENEW, lease, ttl_s)
+
+    def append(self, lease: Lease, seq: int, record: bytes, *, ttl_s: float) -> None:
+        check_size(len(record), self._limits.record_bytes, "a release record")
+        order, keep = (lease.epoch, seq), self._limits.log_entries
+        doing = f"appending release {text_id(order)}"
+        # repeated where the reply was lost: the script compares what is there
+        verdict, last = self._fenced(
+            doing, scripts.APPEND, lease, ttl_s, self._keys.log, text_id(order), record, keep, tries=2
+        )
+        if verdict == b"behind":
+            raise not_next(order, last=last.decode())
+        if verdict == b"other":
+            raise id_taken(f"release {text_id(order)}")
+
+    def offer(self, lease: Lease, record: bytes, *, ttl_s: float) -> None:
+        check_size(len(record), self._limits.record_bytes, "an offer record")
+        keep = self._limits.control_entries
+        self._fenced("offering a payload", scripts.OFFER, lease, ttl_s, self._keys.control, record, keep)
+
+    def ask(self, record: bytes) -> None:
+        self._add("asking the workers", self._keys.control, record, self._limits.control_entries)
+
+    def lease(self) -> Lease | None:
+        with self._link.use("asking who publishes") as redis:
+            record = redis.hget(self._keys.lease, "record")
+        return unpack(record, Lease) if record is not None else None
+
+    def _fenced(
+        self, doing: str, script: str, lease: Lease, ttl_s: float, key: str = "", *more_args: Argument, tries: int = 1
+    ) -> tuple[bytes, bytes]:
+        """The script's verdict and what it adds to it. Raises StaleEpoch when the fence refused."""
+        keys = [self._keys.epoch, self._keys.lease, *([key] if key else [])]
+        args = [*fence_arguments(lease, ttl_s), *more_args]
+        verdict, *more = self._link.run(doing, lambda redis: scripts.run(redis, script, keys, args), tries=tries)
+        if verdict == b"stale":
+            held = unpack(more[1], Lease) if more[1] else None
+            raise fenced_off(lease, held=held, epoch=epoch_number(more[0]))
+        return verdict, more[0] if more else b""
+
+    def put_chunk(self, payload_id: str, number: int, data: Buffer, *, ttl_s: float) -> None:
+        body = memoryview(data).cast("B")
+        check_size(len(body), self._limits.chunk_bytes_max, f"chunk {number}")
+        key, entry_id = self._keys.chunks(payload_id), f"{number + 1}-0"
+        doing = f"writing chunk {number} of payload {payload_id}"
+
+        def fill(pipe: Any) -> None:
+            # chunk 0 alone may create the stream: a server that lost the others must not go unnoticed
+            pipe.xadd(key, {b"c": body}, id=entry_id, nomkstream=number > 0)
+            pipe.pexpire(key, milliseconds(ttl_s))
+
+        added, kept = self._link.run(doing, lambda redis: send_all(redis, fill), tries=2)
+        passed = isinstance(added, ResponseError) and "equal or smaller" in str(added)
+        for reply in (added, kept):
+            if isinstance(reply, Exception) and not (reply is added and passed):
+                raise self._link.refuse(reply, doing)
+        if added is None:
+            raise gap(payload_id, list(range(number)))
+        if passed:
+            with self._link.use(doing) as redis:
+                there = redis.xrange(key, min=entry_id, max=entry_id)
+            if not there or there[0][1].get(b"c") != bytes(body):  # bytes compare by memcmp, memoryviews one by one
+                raise id_taken(f"chunk {number} of payload {payload_id}", there=bool(there))
+
+    def chunks(self, payload_id: str, first: int, count: int) -> list[bytes]:
+        numbers = range(first, first + count)
+        if not numbers:
+            return []
+        with self._link.use(f"reading chunks of payload {payload_id}") as redis:
+            key = self._keys.chunks(payload_id)
+            entries = redis.xrange(key, min=f"{first + 1}-0", max=f"{first + count}-0", count=count)
+        found: dict[bytes, bytes] = {entry_id: fields[b"c"] for entry_id, fields in entries if b"c" in fields}
+        data = {number: found.get(b"%d-0" % (number + 1)) for number in numbers}
+        missing = [number for number, chunk in data.items() if chunk is None]
+        if missing:
+            raise gap(payload_id, missing)
+        return [chunk for chunk in data.values() if chunk is not None]
+
+    def payload_chunks(self, payload_id: str) -> int:
+        with self._link.use(f"counting chunks of payload {payload_id}") as redis:
+            return int(redis.xlen(self._keys.chunks(payload_id)))
+
+    def keep_payload(self, payload_id: str, *, ttl_s: float) -> None:
+        with self._link.use(f"keeping payload {payload_id}") as redis:
+            redis.pexpire(self._keys.chunks(payload_id), milliseconds(ttl_s))
+
+    def drop_payload(self, payload_id: str) -> None:
+        with self._link.use(f"dropping payload {payload_id}") as redis:
+            redis.unlink(self._keys.chunks(payload_id))
+
+    def ack(self, worker: str, record: bytes) -> None:
+        self._add(f"acknowledging as {worker}", self._keys.ack(worker), record, self._limits.ack_entries)
+
+    def acks(self, after: Mapping[str, str], *, block_s: float) -> dict[str, list[tuple[str, bytes]]]:
+        if not after:
+            return {}
+        workers = {self._keys.ack(worker).encode(): worker for worker in after}
+        cursors = {self._keys.ack(worker): cursor for worker, cursor in after.items()}
+        found = self._wait("reading acks", cursors, block_s, ACKS_AT_ONCE)
+        return {workers[key]: with_text_ids(entries) for key, entries in found.items()}
+
+    def last_acks(self, worker: str, count: int) -> list[tuple[str, bytes]]:
+        with self._link.use(f"reading the last acks of {worker}") as redis:
+            return with_text_ids(records(redis.xrevrange(self._keys.ack(worker), count=count)))
+
+    def beat(self, worker: str, status: bytes, *, keep_s: float = 86400) -> None:
+        check_size(len(status), self._limits.record_bytes, "a worker's status")
+        value = LIFETIME.pack(milliseconds(keep_s)) + status
+        doing = f"sending the heartbeat of {worker}"
+
+        def fill(pipe: Any) -> None:
+            pipe.sadd(self._keys.members, worker)
+            pipe.set(self._keys.worker(worker), value, px=milliseconds(keep_s))
+            pipe.pexpire(self._keys.ack(worker), milliseconds(max(keep_s, ACK_KEEP_S)))
+
+        self._all(doing, fill)
+
+    def members(self) -> list[Member]:
+        with self._link.use("listing the members") as redis:
+            check_members(int(redis.scard(self._keys.members)), self._limits, self.model)
+            names = [name.decode("utf-8", "replace") for name in redis.smembers(self._keys.members)]
+        workers = sorted(name for name in names if WORKER_ID.match(name))  # anything else is not of our making
+        members: list[Member] = []
+        for start in range(0, len(workers), MEMBERS_AT_ONCE):
+            members += self._statuses(workers[start : start + MEMBERS_AT_ONCE])
+        return members
+
+    def member(self, worker: str) -> Member:
+        return self._statuses([worker])[0]
+
+    def leave(self, worker: str) -> None:
+        doing = f"taking {worker} off the members"
+        self._all(doing, lambda pipe: pipe.srem(self._keys.members, worker).unlink(self._keys.worker(worker)))
+
+    def _statuses(self, workers: list[str]) -> list[Member]:
+        def fill(pipe: Any) -> None:
+            for worker in workers:
+                key = self._keys.worker(worker)
+                # a worker may write what it likes there: never take more than a reader may unpack
+                pipe.getrange(key, 0, LIFETIME.size + self._limits.record_bytes)
+                pipe.pttl(key)
+
+        replies = self._all("reading heartbeats", fill)
+        return [member_of(*each) for each in zip(workers, replies[::2], replies[1::2], strict=True)]
+
+    def facts(self) -> ServerFacts:
+        with self._link.use("asking the server about itself") as redis:
+            try:
+                info = redis.info()
+            except NoPermissionError:
+                return ServerFacts("unknown (INFO is not permitted)", 0, 0, None, None, None)
+        return facts_of(info)
+
+    def _add(self, doing: str, key: str, record: bytes, keep: int) -> None:
+        check_size(len(record), self._limits.record_bytes, "a record")
+        with self._link.use(doing) as redis:
+            redis.xadd(key, {b"r": record}, maxlen=keep, approximate=True)
+
+    def _all(self, doing: str, fill: Callable[[Any], object]) -> list[Any]:
+        """One round trip; the first error among the replies is raised."""
+        replies = self._link.run(doing, lambda redis: send_all(redis, fill))
+        for reply in replies:
+            if isinstance(reply, Exception):
+                raise self._link.refuse(reply, doing)
+        return replies
+
+    def _wait(
+        self, doing: str, cursors: dict[str, str], block_s: float, count: int
+    ) -> dict[bytes, list[tuple[bytes, bytes]]]:
+        """XREAD in slices shorter than the reply timeout; BLOCK 0 would wait for ever on a server that lost data."""
+        deadline = time.monotonic() + block_s
+        while True:
+            left_s = min(deadline - time.monotonic(), self._slice_s)
+            with self._link.use(doing) as redis:
+                reply = redis.xread(cursors, count=count, block=milliseconds(left_s) if left_s > 0 else None)
+            if reply or time.monotonic() >= deadline:
+                return {key: records(entries) for key, entries in reply}

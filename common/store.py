@@ -1,0 +1,279 @@
+"""The store of one publisher or worker: tensors by digest, manifests by fingerprint, and small records, on local disk.
+
+    id          a record: format and identity of this store
+    packs/      tensors (pack.py, objects.py)
+    manifests/  one record per version held, named by its fingerprint
+    records/    one record per name
+    temp/       files in the making; what dead processes left is removed at the next open
+    locks/      lock files (records.py); they are never removed
+
+Several processes may use one store at once. A crash at any point leaves the state before or after a step.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from . import wire
+from .crashpoint import crash_point
+from .errors import LimitExceeded, MalformedRecord, UnknownVersion
+from .limits import LIMITS
+from .objects import Batch, Objects
+from .pack import PACK_BYTES
+from .records import disk_errors, locked, read_file, remove, sweep, sync_folder, write_file
+from .retention import retain
+from .types import Manifest, TensorEntry
+
+_ID = re.compile(rb"refleet store 1 ([0-9a-f]{32})\n")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]*(/[A-Za-z0-9][A-Za-z0-9._@-]*)*\Z")
+_OWN_LOCKS = {"id", "objects", "order"}
+_SETUP_WAIT_S = 60.0
+_WRITE_WAIT_S = 600.0  # for another process's `collect`, which may copy gigabytes
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """What `Store.collect` did."""
+
+    removed_manifests: tuple[bytes, ...]
+    freed_bytes: int
+    #: kept versions whose manifest is damaged: which tensors they need is unknown, so no tensor was removed
+    unreadable: tuple[bytes, ...] = ()
+
+
+class Store:
+    """A folder of tensors, manifests and records. May be used from several threads; `close` it, or use `with`.
+
+    Writers put a new version in like this, so that no `collect` takes its tensors for garbage in between:
+
+        with store.writing():
+            lacking = store.missing(manifest)
+            with store.batch() as batch:
+                batch.add(...)
+            store.put_manifest(manifest)
+
+    Every write may raise StoreFull (no room, or not allowed), StoreError (the disk failed) and StoreBusy.
+    """
+
+    def __init__(self, root: Path | str, *, pack_bytes: int = PACK_BYTES):
+        """Opens the store in folder `root`, or makes one there. Raises: MalformedRecord when its id is damaged."""
+        self.root = Path(root)
+        self._manifests, self._records = self.root / "manifests", self.root / "records"
+        self._temp, self._locks = self.root / "temp", self.root / "locks"
+        packs = self.root / "packs"
+        with disk_errors(self.root):
+            for folder in (packs, self._manifests, self._records, self._temp, self._locks):
+                folder.mkdir(parents=True, exist_ok=True)
+        #: 32 hex digits, made once, stable for ever
+        self.id = self._identity()
+        sweep(self._temp)
+        self._objects = Objects(packs, temp=self._temp, order_lock=self._locks / "order", pack_bytes=pack_bytes)
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of all mappings; memoryviews that were handed out stay valid."""
+        self._objects.close()
+
+    @property
+    def size_bytes(self) -> int:
+        """What tensors, manifests, records and temp files take on disk."""
+        folders = (self._objects.folder, self._manifests, self._records, self._temp)
+        return sum(_size_bytes(path) for folder in folders for path in folder.iterdir())
+
+    # tensors
+
+    def has(self, digest: bytes) -> bool:
+        """Whether this tensor is held; says nothing about its bytes. Zero-size tensors always are."""
+        return not self._objects.lacking((digest,))
+
+    def read(self, digest: bytes, *, verify: bool) -> memoryview:
+        """The tensor's bytes without a copy: a private mapping that may be written, which changes nobody else's.
+
+        The view stays valid whatever happens to the store. With `verify` the bytes are hashed first.
+        Raises: DamagedTensor naming the digest when it is missing, short, or (verify) of other bytes; StoreError.
+        """
+        return self._objects.read(digest, verify=verify)
+
+    def forget(self, digest: bytes) -> None:
+        """Gives up a damaged tensor: `has` is false until it is added again. Lasts as long as this object."""
+        self._objects.forget(digest)
+
+    @contextmanager
+    def batch(self) -> Iterator[Batch]:
+        """Adds tensors: `with store.batch() as batch: batch.add(...)`.
+
+        They become visible and durable at the end of the block, and from time to time before (`pack_bytes`), so that
+        a crash loses little. After an exception, what was not visible yet is removed.
+        """
+        with self.writing(), self._objects.batch() as batch:
+            yield batch
+
+    @contextmanager
+    def writing(self, *, wait_s: float = _WRITE_WAIT_S) -> Iterator[None]:
+        """Keeps every process's `collect` out during the block; any number of writers may be in one at a time.
+
+        Needed from the first question what the store holds (`has`, `missing`) until `put_manifest`. May be nested.
+        Raises: StoreBusy when a running `collect` does not end within `wait_s`.
+        """
+        with locked(self._locks / "objects", shared=True, wait_s=wait_s):
+            self._objects.refresh(force=True)  # what a collect removed must not pass for present
+            yield
+
+    # versions
+
+    def put_manifest(self, manifest: Manifest) -> None:
+        """Makes a version held. Its tensors come first (see the class); this does not look at them."""
+        fingerprint = manifest.fingerprint
+        write_file(self._manifest_path(fingerprint), wire.pack(manifest), temp=self._temp)
+        remove(self._damaged_path(fingerprint))
+
+    def manifest(self, fingerprint: bytes) -> Manifest:
+        """The manifest of a version held. Raises: UnknownVersion, also for a damaged one, which is then put aside."""
+        path = self._manifest_path(fingerprint)
+        how = "is not in this store"
+        try:
+            data = read_file(path)
+            if data is not None:
+                manifest = wire.unpack(data, Manifest, max_bytes=LIMITS.index_bytes)
+                if manifest.fingerprint == fingerprint:
+                    return manifest
+                raise MalformedRecord("the manifest of another version")
+        except (MalformedRecord, LimitExceeded):
+            how = "can't be used: its manifest is damaged"
+            with suppress(OSError):  # a read-only disk: then it is found damaged again next time
+                path.rename(self._damaged_path(fingerprint))
+        raise UnknownVersion(
+            f"version {fingerprint.hex()[:16]} {how}",
+            about=str(path),
+            next="fetch or publish this version again",
+        )
+
+    def manifests(self) -> list[bytes]:
+        """Fingerprints of all versions held, sorted."""
+        return sorted(bytes.fromhex(path.name) for path in self._manifests.iterdir() if len(path.name) == 64)
+
+    def missing(self, manifest: Manifest) -> list[TensorEntry]:
+        """The entries whose tensors are not held, in the manifest's order; never zero-size ones."""
+        lacking = self._objects.lacking(_digests(manifest))
+        return [entry for entry in manifest.tensors if entry.digest in lacking and entry.spec.size_bytes]
+
+    # records
+
+    def put_record(self, name: str, data: bytes) -> None:
+        """Sets the record `name` (ours, such as `release/main`): letters, digits and `._@-`, in parts between `/`."""
+        write_file(self._record_path(name), data, temp=self._temp)
+
+    def record(self, name: str) -> bytes | None:
+        """The record `name`, or None. Raises: MalformedRecord naming its file when it is damaged."""
+        return read_file(self._record_path(name))
+
+    def records(self, prefix: str) -> list[str]:
+        """Names of all records that begin with `prefix`, sorted."""
+        names = (path.name.replace("+", "/") for path in self._records.iterdir())
+        return sorted(name for name in names if name.startswith(prefix))
+
+    def drop_record(self, name: str) -> None:
+        """Removes the record `name` for good, if it is there."""
+        path = self._record_path(name)
+        if remove(path):
+            with disk_errors(path):
+                sync_folder(self._records)
+
+    # life of the whole
+
+    def lock(self, name: str, *, wait_s: float = 0.0, holder: str = "") -> AbstractContextManager[None]:
+        """Holds the lock `name` during a block, against other processes and threads; not reentrant.
+
+        Raises: StoreBusy after `wait_s`, naming the process that holds it and its `holder` text.
+        """
+        assert _NAME.match(name) and "/" not in name and name not in _OWN_LOCKS, name
+        return locked(self._locks / name, wait_s=wait_s, holder=holder)
+
+    def collect(self, keep: Collection[bytes], *, grace_s: float = 0.0, wait_s: float = 0.0) -> Collected:
+        """Removes manifests not in `keep` and older than `grace_s`, and tensors that no manifest left needs.
+
+        Also removes temp files of dead processes. Other processes may read meanwhile: their views stay valid, and
+        they find moved tensors by themselves. What is damaged among `keep` is told in `unreadable`.
+        Raises: StoreBusy when somebody is `writing` and does not end within `wait_s`; never call it while `writing`.
+        """
+        with locked(self._locks / "objects", wait_s=wait_s, holder="collect"):
+            freed_bytes = sweep(self._temp)
+            self._objects.refresh(force=True)
+            kept = frozenset(keep)
+            removed = tuple(f for f in self.manifests() if f not in kept and self._age_s(f) >= grace_s)
+            freed_bytes += sum(remove(self._manifest_path(fingerprint)) for fingerprint in removed)
+            with disk_errors(self._manifests):
+                sync_folder(self._manifests)  # before its tensors go: a power cut must not bring a manifest back
+            crash_point("store.manifests-dropped")
+            live, unreadable = self._live(kept)
+            for path in self._manifests.glob("*.damaged"):
+                if bytes.fromhex(path.stem) not in unreadable:
+                    freed_bytes += remove(path)
+            if not unreadable:
+                freed_bytes += retain(self._objects, live)
+            return Collected(removed, freed_bytes, tuple(sorted(unreadable)))
+
+    def _live(self, kept: frozenset[bytes]) -> tuple[set[bytes], set[bytes]]:
+        """Digests that the manifests need, and those of `kept` whose manifest is damaged."""
+        live: set[bytes] = set()
+        whole: set[bytes] = set()
+        for fingerprint in self.manifests():
+            with suppress(UnknownVersion):  # damaged; put aside now, if it was not before
+                live |= _digests(self.manifest(fingerprint))
+                whole.add(fingerprint)
+        aside = {bytes.fromhex(path.stem) for path in self._manifests.glob("*.damaged")}
+        return live, ((aside | set(self.manifests())) & kept) - whole
+
+    def _identity(self) -> str:
+        path = self.root / "id"
+        if not path.exists():
+            with locked(self._locks / "id", wait_s=_SETUP_WAIT_S):
+                if not path.exists():  # another process may have been faster
+                    write_file(path, f"refleet store 1 {secrets.token_hex(16)}\n".encode(), temp=self._temp)
+        found = _ID.fullmatch(read_file(path) or b"")
+        if not found:
+            raise MalformedRecord(
+                "a store of another format than this refleet's",
+                about=str(path),
+                next="use the refleet that made it, or another folder",
+            )
+        return found[1].decode()
+
+    def _manifest_path(self, fingerprint: bytes) -> Path:
+        return self._manifests / fingerprint.hex()
+
+    def _damaged_path(self, fingerprint: bytes) -> Path:
+        return self._manifests / f"{fingerprint.hex()}.damaged"
+
+    def _record_path(self, name: str) -> Path:
+        assert _NAME.match(name), name
+        return self._records / name.replace("/", "+")
+
+    def _age_s(self, fingerprint: bytes) -> float:
+        try:
+            return time.time() - self._manifest_path(fingerprint).stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
+
+
+def _digests(manifest: Manifest) -> set[bytes]:
+    return {entry.digest for entry in manifest.tensors if entry.spec.size_bytes}
+
+
+def _size_bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # removed since the folder was listed
+        return 0

@@ -1,0 +1,178 @@
+"""The publisher's records in its store: versions, releases, payloads, and its place in the log.
+
+publisher                     (epoch, seq) used last
+version-<id>                  what the id means, for ever: an id is never given to other content
+release-<epoch>-<seq>         the exact signed bytes, written before the server sees them
+payload-<id>                  what lies in the server for workers to fetch
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from dataclasses import dataclass, replace
+
+from ..common import wire
+from ..common.errors import UnknownVersion
+from ..common.messages import Release
+from ..common.signing import open_envelope
+from ..common.store import Store
+from ..common.types import Manifest, PayloadRef
+
+STATE = "publisher"
+
+
+@wire.record("publisher-state")
+@dataclass(frozen=True, slots=True)
+class PublisherState:
+    epoch: int
+    seq: int
+
+
+@wire.record("version")
+@dataclass(frozen=True, slots=True)
+class Version:
+    """What a version id stands for. `released` is false for a publish that never reached the log."""
+
+    version: str
+    fingerprint: bytes
+    released: bool
+    created_at_ms: int
+    message: str
+    source: str
+
+
+@wire.record("sent-payload")
+@dataclass(frozen=True, slots=True)
+class SentPayload:
+    """A payload in the server. Without `ref` it is being written by process `pid` on `host`."""
+
+    payload_id: str
+    base: bytes | None
+    target: bytes
+    lacks: tuple[bytes, ...]
+    size_bytes: int
+    ref: PayloadRef | None
+    host: str
+    pid: int
+    created_at_ms: int
+
+    @property
+    def need(self) -> tuple[bytes | None, bytes, tuple[bytes, ...]]:
+        return (self.base, self.target, self.lacks)
+
+    @property
+    def abandoned(self) -> bool:
+        """Half written by a process that is no more."""
+        if self.ref is not None:
+            return False
+        if self.host != socket.gethostname():
+            return now_ms() - self.created_at_ms > 3_600_000
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            return False
+        return False
+
+
+def now_ms() -> int:
+    return int(time.time() * 1000)
+
+
+class Book:
+    """Reads and writes these records; the caller holds the store's locks where order matters."""
+
+    def __init__(self, store: Store):
+        self.store = store
+
+    def state(self) -> PublisherState:
+        data = self.store.record(STATE)
+        return wire.unpack(data, PublisherState) if data else PublisherState(0, 0)
+
+    def save_state(self, state: PublisherState) -> None:
+        self.store.put_record(STATE, wire.pack(state))
+
+    # ------------------------------------------------------------------ versions
+
+    def version(self, version_id: str) -> Version | None:
+        data = self.store.record(f"version-{version_id}")
+        return wire.unpack(data, Version) if data else None
+
+    def versions(self) -> list[Version]:
+        """All versions ever named here, oldest first."""
+        found = [self.version(name.removeprefix("version-")) for name in self.store.records("version-")]
+        return sorted((v for v in found if v), key=lambda v: v.created_at_ms)
+
+    def save_version(self, version: Version) -> None:
+        self.store.put_record(f"version-{version.version}", wire.pack(version))
+
+    def manifest_of(self, version_id: str) -> Manifest:
+        """The manifest of a version whose tensors are all here. Raises: UnknownVersion, saying what there is."""
+        version = self.version(version_id)
+        known = [v.version for v in self.versions() if v.released]
+        if version is None or not version.released:
+            raise UnknownVersion(
+                f"there is no version {version_id!r}",
+                about=f"store {self.store.root}",
+                next=f"versions here: {', '.join(known[-10:]) or 'none'}",
+            )
+        kept = set(self.store.manifests())
+        if version.fingerprint not in kept:
+            still = [v.version for v in self.versions() if v.released and v.fingerprint in kept]
+            raise UnknownVersion(
+                f"version {version_id!r} is past retention: its tensors are no longer in the store",
+                about=f"store {self.store.root}",
+                next=f"still here: {', '.join(still[-10:]) or 'none'}; keep more with --keep",
+            )
+        return self.store.manifest(version.fingerprint)
+
+    # ------------------------------------------------------------------ releases
+
+    def releases(self) -> list[Release]:
+        """All releases of this store, oldest first."""
+        return [self._release(name) for name in self.store.records("release-")]
+
+    def head(self) -> Release | None:
+        """The last release: the fleet's target as this store knows it."""
+        names = self.store.records("release-")
+        return self._release(names[-1]) if names else None
+
+    def release_bytes(self, release: Release) -> bytes:
+        data = self.store.record(_release_name(release.epoch, release.seq))
+        assert data is not None, "a release of this store"
+        return data
+
+    def save_release(self, release: Release, data: bytes) -> None:
+        self.store.put_record(_release_name(release.epoch, release.seq), data)
+
+    def drop_release(self, release: Release) -> None:
+        self.store.drop_record(_release_name(release.epoch, release.seq))
+
+    def _release(self, name: str) -> Release:
+        data = self.store.record(name)
+        assert data is not None, f"listed record {name} vanished"
+        return wire.unpack(open_envelope(data, None).payload, Release)
+
+    # ------------------------------------------------------------------ payloads
+
+    def payloads(self) -> list[SentPayload]:
+        """Everything that may lie in the server, by id. Another process may drop one in the meantime."""
+        data = [self.store.record(name) for name in self.store.records("payload-")]
+        return [wire.unpack(d, SentPayload) for d in data if d]
+
+    def save_payload(self, payload: SentPayload) -> None:
+        self.store.put_record(f"payload-{payload.payload_id}", wire.pack(payload))
+
+    def drop_payload(self, payload_id: str) -> None:
+        self.store.drop_record(f"payload-{payload_id}")
+
+
+def released(version: Version) -> Version:
+    return replace(version, released=True)
+
+
+def _release_name(epoch: int, seq: int) -> str:
+    return f"release-{epoch:020d}-{seq:020d}"

@@ -1,0 +1,285 @@
+"""The publisher: checkpoint -> diff -> encode -> broadcast, and back to an earlier version by its id.
+
+A publisher is its store: all commands on one store are one publisher, ordered by the store's lock. What makes a release
+real is its record in the store; the log in the server is a copy that can be written again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..common import wire
+from ..common.crashpoint import crash_point
+from ..common.errors import ProtocolError, UnknownVersion, UsageError, VersionExists
+from ..common.limits import LIMITS
+from ..common.messages import Ack, Evidence, Release
+from ..common.redis_stream import RedisStream
+from ..common.signing import SigningKey, seal
+from ..common.store import Collected, Store
+from ..common.stream import Stream
+from ..common.types import VERSION_ID, Manifest, PayloadRef
+from .book import Book, PublisherState, Version, now_ms, released
+from .checkpoint import compatible, open_checkpoint
+from .claim import LEASE_S, LOCK_S, Claim
+from .fleet import Fleet, fleet
+from .ingest import OnBytes, forget_damaged, hashed, ingest, silent
+from .payloads import Payloads
+from .retention import reasons_to_keep
+from .service import Service
+from .wait import as_evidence, wait_for
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A release and the way to wait for it. `release` has version, fingerprint, payload_bytes, full_bytes..."""
+
+    release: Release
+    stream: Stream
+    already: bool = False  # it was the target before: nothing was sent
+
+    @property
+    def version(self) -> str:
+        return self.release.version
+
+    def wait(
+        self,
+        workers: int | None = None,
+        *,
+        evidence: str | Evidence = Evidence.SERVING,
+        timeout_s: float = 60.0,
+        on_progress: Callable[[Fleet, dict[str, Ack]], None] = lambda _fleet, _acks: None,
+    ) -> dict[str, Ack]:
+        """Acks by worker once `workers` of them (default: every live one) reached `evidence`.
+
+        Raises: WorkerFailed with the worker's reason, DeadlineExceeded naming who is missing, Superseded.
+        """
+        return wait_for(
+            self.stream, self.release, workers=workers, evidence=as_evidence(evidence), timeout_s=timeout_s,
+            on_progress=on_progress,
+        )  # fmt: skip
+
+
+class Publisher:
+    """Publishes versions of one model from one store.
+
+    Args: `redis` a URL or a Stream; `store` a folder (each model gets a folder in it); `key` an Ed25519 key file;
+    `take_over` fence off another store that holds the lease; `keep` versions kept besides those still needed;
+    `budget_bytes` of server memory for payloads; `answer` answers workers' requests from a thread as long as this
+    object is open (several commands on one store may do so); `notify` hears a sentence when something takes time.
+    Raises: UsageError, StoreError, StreamError, NotDurable.
+    """
+
+    def __init__(
+        self,
+        redis: str | Stream,
+        *,
+        model: str,
+        store: str | Path,
+        key: str | Path | SigningKey | None = None,
+        take_over: bool = False,
+        keep: int = 16,
+        budget_bytes: int | None = None,
+        budget_wait_s: float = 60.0,
+        answer: bool = True,
+        notify: Callable[[str], None] = lambda _text: None,
+    ):
+        if keep < 1:
+            raise UsageError(f"keep {keep}: at least the current version must be kept")
+        self.stream: Stream = RedisStream(redis, model) if isinstance(redis, str) else redis
+        self.model, self.store = model, Store(Path(store) / model)
+        self.book = Book(self.store)
+        self.key = SigningKey.load(key) if isinstance(key, str | Path) else key
+        self.keep, self._notify = keep, notify
+        self._payloads = Payloads(
+            self.stream, self.book, budget_bytes=budget_bytes, wait_s=budget_wait_s, notify=notify
+        )
+        self.claim = Claim(self.stream, self.book, take_over=take_over, notify=notify)
+        self.service = Service(self.claim, key=self.key, payloads=self._payloads, notify=notify) if answer else None
+
+    # ------------------------------------------------------------------ publish and roll back
+
+    def publish(
+        self,
+        source: str | Path | Mapping[str, torch.Tensor],
+        *,
+        version: str | None = None,
+        message: str = "",
+        on_progress: OnBytes = silent,
+    ) -> Published:
+        """Make `source` the fleet's target as `version` (default: the next free `v<n>`).
+
+        The same content under the same id again is a no-op or a re-announcement, never an error.
+        `on_progress(phase, done, total)` in bytes, for the phases "hash", "store" and "send".
+        Raises: CheckpointError (nothing was published), PublisherBusy, StaleEpoch, OverBudget, StreamError, StoreError.
+        """
+        if version is not None and not VERSION_ID.match(version):
+            raise UsageError(
+                f"version id {version!r} is not [A-Za-z0-9][A-Za-z0-9._-]{{0,63}}",
+                next="choose another --version, or none: the next free v<n> is taken",
+            )
+        if len(message.encode()) > LIMITS.message_bytes:
+            raise UsageError(f"the message takes more than {LIMITS.message_bytes} bytes")
+        with self._exclusive("publish") as head, open_checkpoint(source) as checkpoint:
+            base = self._manifest(head)
+            if head and base:
+                compatible(checkpoint.specs, base, version=version or checkpoint.source, earlier_version=head.version)
+            manifest = hashed(checkpoint, on_progress=on_progress)
+            self._check_id(version, manifest)
+            ingest(checkpoint, manifest, self.store, serving=self._serving(), on_progress=on_progress)
+            name = version or self._free_id()
+            if head and (head.version, head.fingerprint) == (name, manifest.fingerprint) and self._is_target(head):
+                return Published(head, self.stream, already=True)
+            self.book.save_version(
+                Version(name, manifest.fingerprint, self._is_released(name), now_ms(), message, checkpoint.source)
+            )
+            changed = len(manifest.changed_from(base))
+            try:
+                payload = self._payload(manifest, base, on_progress)
+            except UnknownVersion as damage:  # bit rot in the store: the checkpoint at hand puts it right
+                self._notify(f"healing the store: {damage.what}")
+                forget_damaged(manifest, self.store)
+                ingest(checkpoint, manifest, self.store, serving=self._serving(), on_progress=on_progress)
+                payload = self._payload(manifest, base, on_progress)
+            return self._commit("publish", name, manifest, head, payload, changed, message)
+
+    def rollback(self, to: str, *, message: str = "", on_progress: OnBytes = silent) -> Published:
+        """Make the earlier version `to` the target again: a new release, with payload only if a live worker needs it.
+
+        Raises: UnknownVersion (not here, or past retention), PublisherBusy, StaleEpoch, OverBudget, StreamError.
+        """
+        with self._exclusive("rollback") as head:
+            manifest = self.book.manifest_of(to)
+            if head and head.version == to and self._is_target(head):
+                return Published(head, self.stream, already=True)
+            base = self._manifest(head)
+            changed = len(manifest.changed_from(base))
+            payload = self._payload(manifest, base, on_progress)
+            return self._commit("rollback", to, manifest, head, payload, changed, message)
+
+    def collect(self, keep: int | None = None) -> tuple[dict[str, str], Collected]:
+        """Drop versions past retention; returns why each of the others is kept, by version id, and what was freed."""
+        with self._exclusive("collect"):
+            return self._collect(keep or self.keep)
+
+    def target(self) -> Release | None:
+        """The last release of this store."""
+        return self.book.head()
+
+    def close(self) -> None:
+        """Stop answering, close store and connections. The lease expires by itself."""
+        if self.service:
+            self.service.stop()
+        self.stream.close()
+        self.store.close()
+
+    def __enter__(self) -> Publisher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------ steps
+
+    @contextmanager
+    def _exclusive(self, doing: str) -> Iterator[Release | None]:
+        """Hold the store for one command; gives the last release, delivered."""
+        with self.store.lock("publish", wait_s=LOCK_S, holder=doing):
+            self.claim.renew()
+            self.claim.heal()
+            if self.service:
+                self.service.start()
+            yield self.book.head()
+
+    def _manifest(self, head: Release | None) -> Manifest | None:
+        """What a delta to the next release can build on."""
+        try:
+            return self.store.manifest(head.fingerprint) if head else None
+        except UnknownVersion as damage:  # bit rot
+            self._notify(f"the next release is sent whole: {damage.what}")
+            return None
+
+    def _check_id(self, version: str | None, manifest: Manifest) -> None:
+        before = self.book.version(version) if version else None
+        if before and before.released and before.fingerprint != manifest.fingerprint:
+            raise VersionExists(
+                f"version {version!r} exists with other content",
+                about=f"fingerprint {before.fingerprint.hex()[:16]} there, {manifest.fingerprint.hex()[:16]} here",
+                serving=self._serving(),
+                next="choose another --version; a version id never changes its meaning",
+            )
+
+    def _payload(self, manifest: Manifest, base: Manifest | None, on_progress: OnBytes) -> PayloadRef | None:
+        """Write what live workers lack of `manifest`; None when all of them hold it."""
+        now = fleet(self.stream)
+        self._payloads.clean(now)
+        unchanged = base is not None and base.fingerprint == manifest.fingerprint
+        if unchanged or (now.live and all(worker.holds(manifest.fingerprint) for worker in now.live)):
+            return None
+        return self._payloads.send(manifest, base, on_progress=lambda done, total: on_progress("send", done, total))
+
+    def _commit(
+        self, kind: str, name: str, manifest: Manifest, head: Release | None, payload: PayloadRef | None, changed: int,
+        message: str,
+    ) -> Published:  # fmt: skip
+        """Number, sign, record, append: from here on the release is real."""
+        with self.store.lock("log", wait_s=LOCK_S, holder="commit"):
+            lease, last = self.claim.renew(), self.stream.last_ids()[0]
+            if last[0] > lease.epoch:  # somebody wrote it without a claim; the log takes nothing below it
+                lease = self.claim.above(last[0])
+            seq = max(self.book.state().seq, last[1]) + 1
+            release = Release(
+                model=self.model, publisher=self.store.id, epoch=lease.epoch, seq=seq, kind=kind, version=name,
+                fingerprint=manifest.fingerprint, base=head.fingerprint if head else None, payload=payload,
+                changed_tensors=changed, total_tensors=len(manifest.tensors),
+                payload_bytes=payload.size_bytes if payload else 0, full_bytes=manifest.size_bytes,
+                created_at_ms=now_ms(), message=message,
+            )  # fmt: skip
+            data = seal(wire.pack(release), self.key)
+            crash_point("publisher.before-record")
+            version = self.book.version(name)
+            if version and not version.released:
+                self.book.save_version(released(version))
+            self.book.save_state(PublisherState(lease.epoch, seq))
+            self.book.save_release(release, data)
+            crash_point("publisher.recorded")
+            try:
+                self.stream.append(lease, seq, data, ttl_s=LEASE_S)
+            except ProtocolError:
+                self.book.drop_release(release)  # refused by the fence: it never existed
+                if version:
+                    self.book.save_version(version)
+                raise
+        crash_point("publisher.announced")
+        self._collect(self.keep)
+        return Published(release, self.stream)
+
+    def _collect(self, keep: int) -> tuple[dict[str, str], Collected]:
+        reasons = reasons_to_keep(self.book.releases(), fleet(self.stream), self.book.payloads(), keep=keep)
+        kept_ids = {v.version: reasons[v.fingerprint] for v in self.book.versions() if v.fingerprint in reasons}
+        return kept_ids, self.store.collect(reasons)
+
+    def _free_id(self) -> str:
+        taken = {v.version for v in self.book.versions()}
+        number = len(taken) + 1
+        while f"v{number}" in taken:
+            number += 1
+        return f"v{number}"
+
+    def _is_released(self, name: str) -> bool:
+        version = self.book.version(name)
+        return version is not None and version.released
+
+    def _is_target(self, head: Release) -> bool:
+        """Whether this store's last release is the fleet's too; not if another store published since."""
+        return head.epoch == self.claim.lease().epoch
+
+    def _serving(self) -> str:
+        head = self.book.head()
+        return f"the fleet's target is still {head.version}" if head else "nothing was published yet"

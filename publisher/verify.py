@@ -1,0 +1,55 @@
+"""Ask every worker to re-hash what its engine holds, and collect the answers."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass
+
+from ..common import wire
+from ..common.errors import ProtocolError
+from ..common.messages import Ack, VerifyRequest
+from ..common.signing import SigningKey, seal
+from ..common.stream import Stream
+from .book import now_ms
+from .fleet import fleet
+
+_POLL_S = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """The answers of one round. `silent`: live workers that did not answer in time."""
+
+    answers: dict[str, Ack]
+    silent: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether somebody answered, nobody was silent, and every engine holds what its worker says."""
+        verified = [ack.verified for ack in self.answers.values()]
+        return bool(verified) and not self.silent and all(v is not None and v.ok for v in verified)
+
+
+def verify(stream: Stream, *, key: SigningKey | None = None, timeout_s: float = 60.0) -> Verification:
+    """Every live worker re-hashes all tensors of its engine. Raises: StreamError."""
+    expected = {worker.id for worker in fleet(stream).live}
+    cursors = {}
+    for worker in expected:
+        last = stream.last_acks(worker, 1)
+        cursors[worker] = last[0][0] if last else "0-0"
+    request = VerifyRequest(stream.model, secrets.token_hex(16), now_ms())
+    stream.ask(seal(wire.pack(request), key))
+    answers: dict[str, Ack] = {}
+    deadline = time.monotonic() + timeout_s
+    while expected - answers.keys() and time.monotonic() < deadline:
+        for worker, entries in stream.acks(cursors, block_s=_POLL_S).items():
+            for cursor, data in entries:
+                cursors[worker] = cursor
+                try:
+                    ack = wire.unpack(data, Ack)
+                except ProtocolError:
+                    continue
+                if ack.verified and ack.verified.nonce == request.nonce and ack.worker == worker:
+                    answers[worker] = ack
+    return Verification(answers, tuple(sorted(expected - answers.keys())))

@@ -1,0 +1,23 @@
+"""What the answering thread may drop from the server, and when."""
+
+from __future__ import annotations
+
+from refleet.publisher.payloads import Payloads
+from world import World, checkpoint
+
+
+def test_upkeep_leaves_the_payload_of_a_command_that_is_about_to_announce_it(small_world: World) -> None:
+    publisher = small_world.publisher()
+    for number in (1, 2):
+        publisher.publish(checkpoint(number), version=f"v{number}")
+    service, stream = publisher.service, publisher.stream
+    assert service is not None
+    with publisher.store.lock("publish", wait_s=20, holder="a rollback in another process"):
+        payloads = Payloads(stream, publisher.book, budget_bytes=None, wait_s=1, notify=small_world.notes.append)
+        ref = payloads.send(publisher.book.manifest_of("v1"), publisher.book.manifest_of("v2"))
+        service._upkeep_s = 0.0
+        service.round()
+        assert stream.payload_chunks(ref.payload_id) > 0
+    service._upkeep_s = 0.0
+    service.round()
+    assert stream.payload_chunks(ref.payload_id) == 0, "nobody is on the way to v1"

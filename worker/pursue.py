@@ -1,0 +1,299 @@
+"""Bring the engine to the newest accepted release, and say truthfully how far it got.
+
+One call of `step` takes the goal as far as possible now: stage it if its bytes are here or offered, ask for them if
+not, switch, acknowledge. Every failure is either retried (bytes can be had again), or final for this release (the
+previous version goes on being served, and the ack says why).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+
+from ..common.crashpoint import crash_point
+from ..common.errors import (
+    DamagedTensor,
+    DigestMismatch,
+    NotServing,
+    Quarantined,
+    RefitFailed,
+    RefleetError,
+    StoreFull,
+    StreamError,
+    StreamGap,
+)
+from ..common.messages import Ack, Evidence, Failure, Release, Serving, Verified, VerifyRequest, Want
+from ..common.store import Store
+from ..common.stream import Stream
+from ..common.types import Manifest, PayloadRef
+from .acks import Acks
+from .apply import Clock, first_difference, switch, verify
+from .board import APPLYING, FAILED, QUARANTINED, RECEIVING, SERVING, WAITING, Board, failure_of
+from .engine import Engine
+from .follow import Follower
+from .gate import Gate
+from .receive import BAD_PAYLOAD, Holdings, choose
+from .stage import stage
+from .state import Goal, Staged, WorkerState, save
+
+#: after this many bad payloads towards one release the worker says that it failed, and takes its time with the next
+_BAD_PAYLOADS = 5
+_RETRY_S = 5.0
+
+
+class Pursuit:
+    """The state machine between the follower and the engine. Called by the worker's one thread."""
+
+    def __init__(
+        self, stream: Stream, store: Store, engine: Engine, gate: Gate, board: Board, state: WorkerState,
+        follower: Follower, acks: Acks, *, keep: int, drain_s: float,
+    ):  # fmt: skip
+        self._stream, self._store, self._engine, self._gate, self._board = stream, store, engine, gate, board
+        self._state, self._follower, self._keep, self._drain_s = state, follower, keep, drain_s
+        self._holds: Manifest | None = None  # what the engine is known to hold
+        self._failed: dict[tuple[int, int], Failure] = {}  # what is not tried again until there is a new release
+        self._refused: list[str] = []  # payloads that proved unusable for the goal
+        self._bad_payloads = 0
+        self._want: Want | None = None
+        self._retry_s = 0.0
+        self._acks = acks
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` could get further without news from the stream."""
+        return self._goal() is not None and self._want is None and time.monotonic() >= self._retry_s
+
+    def resume(self) -> None:
+        """After a restart: serve what was served, from this worker's own disk, after hashing all of it."""
+        serving = self._state.serving
+        self._show_holdings()
+        if serving is None:
+            return
+        try:
+            staged, clock = Staged(self._store, serving, self._store.manifest(serving.fingerprint)), Clock()
+            verify(staged, holds=None, clock=clock)
+            self._switch(Goal(serving, None), staged, 0, clock)
+        except DamagedTensor as error:
+            self._forget(error)
+        except RefleetError as error:
+            # the next steps ask for the bytes, or fail the release by name
+            self._board.show(WAITING, f"{serving.version} could not be resumed", failure=failure_of(error))
+
+    def accept(self, release: Release) -> None:
+        """Remember, durably, that nothing at or below `release` may be accepted again; make it the goal."""
+        self._state = replace(self._state, release=release)
+        self._refused, self._bad_payloads, self._want, self._retry_s, self._failed = [], 0, None, 0.0, {}
+        save(self._store, self._state)
+        self._board.show(self._board.state, epoch=release.epoch)
+
+    def acknowledge_again(self) -> None:
+        """The accepted release was delivered again: repeat what was said of it."""
+        serving, release = self._gate.current, self._state.release
+        if serving and release and serving.order == release.order:
+            self._ack(serving, Evidence.SERVING)
+
+    def step(self) -> None:
+        """Get as far as possible. Raises: StreamError when the server is away (served versions are not affected)."""
+        self._acks.flush()
+        goal = self._goal()
+        if goal is None or time.monotonic() < self._retry_s:
+            return
+        try:
+            self._advance(goal)
+        except DamagedTensor as error:
+            self._forget(error)
+        except StreamError:
+            self._want = None
+            raise
+        except StoreFull as error:
+            self._board.show(FAILED, str(error), failure=failure_of(error))
+            self._ack(goal.serving, Evidence.NONE, error=error)
+            self._retry_s = time.monotonic() + _RETRY_S
+        except RefleetError as error:
+            self._fail(goal, error)
+        except Exception as error:  # the engine is the user's code
+            self._fail(goal, RefitFailed(f"the engine raised {type(error).__name__}: {error}"))
+
+    def verify(self, ask: VerifyRequest) -> None:
+        """Read back and hash everything the engine holds; put it right if it is wrong."""
+        serving, holds = self._gate.current, self._holds
+        if serving is None or holds is None:
+            self._ack(self._state.serving, Evidence.NONE, verified=Verified(ask.nonce, False, 0, None),
+                      error=NotServing(self._gate.reason or "nothing is served"))  # fmt: skip
+            return
+        error: RefleetError
+        try:
+            bad = first_difference(self._engine, holds)
+            if bad is None:
+                self._ack(serving, Evidence.SERVING, verified=Verified(ask.nonce, True, len(holds.tensors), None))
+                return
+            what = f"the engine holds other bytes in {bad!r} than version {serving.version!r}"
+            error = DigestMismatch(what, tensor=bad)
+        except RefleetError as raised:
+            error = raised
+        except Exception as raised:  # the engine is the user's code
+            error = RefitFailed(f"the engine could not be read back: {type(raised).__name__}: {raised}")
+        verified = Verified(ask.nonce, False, len(holds.tensors), error.tensor)
+        self._gate.close(str(error))
+        self._holds = None
+        self._board.show(QUARANTINED, error.what, failure=failure_of(error), nothing_served=True)
+        self._ack(serving, Evidence.NONE, verified=verified, error=error)
+
+    # ------------------------------------------------------------------ steps
+
+    def _goal(self) -> Goal | None:
+        """The release to reach, or what was served before if that one failed and nothing is served; None: all done."""
+        release, current = self._state.release, self._gate.current
+        if release and release.order not in self._failed:
+            return None if current and current.order == release.order else Goal.of(release)
+        if current is None and self._state.serving and self._state.serving.order not in self._failed:
+            return Goal(self._state.serving, None)
+        return None
+
+    def _advance(self, goal: Goal) -> None:
+        clock = Clock()
+        staged, received = self._stage(goal, clock)
+        if staged is None:
+            return
+        verify(staged, holds=self._holds, clock=clock)
+        self._ack(goal.serving, Evidence.STAGED, received=received, timings=clock.timings_ms)
+        crash_point("worker.staged")
+        self._switch(goal, staged, received, clock)
+
+    def _stage(self, goal: Goal, clock: Clock) -> tuple[Staged | None, int]:
+        """The goal in the store, and the payload bytes that took; None while its bytes have to be asked for."""
+        target = goal.serving.fingerprint
+        holdings = self._holdings()
+        if holdings.complete(self._store, target):
+            manifest = self._store.manifest(target)
+            self._engine.check(manifest)
+            return Staged(self._store, goal.serving, manifest), 0
+        announced = [goal.payload] if goal.payload else []
+        ref = choose(announced + self._follower.offers(target), holdings, refused=self._refused)
+        if ref is None:
+            self._ask(goal, holdings)
+            return None, 0
+        self._want = None
+        self._board.show(
+            RECEIVING, f"receiving {goal.serving.version}", target=goal.serving, evidence=Evidence.NONE,
+            expected_bytes=ref.size_bytes,
+        )  # fmt: skip
+        try:
+            with clock.phase("stage"):
+                manifest = stage(
+                    self._stream, self._store, ref, check=self._engine.check, on_progress=self._board.progress,
+                    on_received=lambda: self._ack(goal.serving, Evidence.RECEIVED),
+                )  # fmt: skip
+        except (StreamGap, DamagedTensor) as error:  # it is gone, or builds on bit rot
+            self._refused.append(ref.payload_id)
+            if isinstance(error, DamagedTensor):
+                raise
+            return None, 0
+        except BAD_PAYLOAD as error:
+            self._refuse(goal, ref, error)
+            return None, 0
+        self._show_holdings()
+        return Staged(self._store, goal.serving, manifest), self._board.status.received_bytes
+
+    def _refuse(self, goal: Goal, ref: PayloadRef, error: RefleetError) -> None:
+        """A payload that proved bad: another one will do. After some of them the release counts as failed for now."""
+        self._refused.append(ref.payload_id)
+        self._bad_payloads += 1
+        self._board.show(RECEIVING, f"refused a payload: {error.what}", failure=failure_of(error))
+        if self._bad_payloads % _BAD_PAYLOADS == 0:
+            self._ack(goal.serving, Evidence.NONE, error=error)
+            self._retry_s = time.monotonic() + _RETRY_S
+
+    def _ask(self, goal: Goal, holdings: Holdings) -> None:
+        """Show in the heartbeat what is needed: a standing request, not a message that could get lost."""
+        want = Want(goal.serving.fingerprint, holdings.lacks, tuple(self._refused[-64:]))
+        if want != self._want:
+            self._want = want
+            self._board.show(
+                WAITING, f"asking for {goal.serving.version}", target=goal.serving, evidence=Evidence.NONE, want=want,
+                have=holdings.have, failure=self._board.status.failure,
+            )  # fmt: skip
+
+    def _switch(self, goal: Goal, staged: Staged, received: int, clock: Clock) -> None:
+        self._board.show(APPLYING, f"applying {goal.serving.version}", target=goal.serving, evidence=Evidence.STAGED)
+        recent = (*(f for f in self._state.recent if f != goal.serving.fingerprint), goal.serving.fingerprint)
+        state = replace(self._state, serving=goal.serving, recent=recent[-max(self._keep, 1) :])
+        current = self._gate.current
+        previous = Staged(self._store, current, self._holds) if current and self._holds else None
+        try:
+            done = switch(
+                self._engine, self._gate, self._store, staged, holds=self._holds, previous=previous,
+                persist=lambda: save(self._store, state), drain_s=self._drain_s,
+            )  # fmt: skip
+        except Exception:
+            if self._gate.current is None:
+                self._holds = None
+            raise
+        self._holds, self._state = staged.manifest, state
+        self._refused, self._bad_payloads, self._want = [], 0, None
+        crash_point("worker.switched")
+        self._collect()
+        failure = self._failed.get(state.release.order) if state.release else None
+        wanted = Goal.of(state.release).serving if state.release and failure else goal.serving
+        self._board.show(
+            FAILED if failure else SERVING, f"serving {goal.serving.version}", target=wanted, serving=goal.serving,
+            evidence=Evidence.NONE if failure else Evidence.SERVING, failure=failure, have=self._holdings().have,
+        )  # fmt: skip
+        timings = clock.timings_ms | done.timings_ms
+        self._ack(goal.serving, Evidence.SERVING, received=received, timings=timings, probe=done.probe)
+        if warning := self._engine.served(goal.serving):
+            self._board.warn(warning)
+
+    # ------------------------------------------------------------------ when it goes wrong
+
+    def _fail(self, goal: Goal, error: RefleetError) -> None:
+        """Final for this release: keep serving what is served, say why."""
+        self._failed[goal.serving.order], self._want = failure_of(error), None
+        current = self._gate.current
+        lost = current is None and (isinstance(error, Quarantined) or self._state.serving is not None)
+        self._board.show(
+            QUARANTINED if lost else FAILED, f"{goal.serving.version} failed: {error.what}", target=goal.serving,
+            failure=failure_of(error), nothing_served=current is None,
+        )  # fmt: skip
+        self._ack(goal.serving, Evidence.NONE, error=error)
+
+    def _forget(self, error: DamagedTensor) -> None:
+        """Bit rot: drop the object, so that the next step asks for it again."""
+        self._store.forget(error.digest)
+        self._want = None
+        self._board.show(WAITING, f"healing: {error.what}", failure=failure_of(error), have=self._holdings().have)
+
+    # ------------------------------------------------------------------ store and acks
+
+    def _holdings(self) -> Holdings:
+        first: Iterable[bytes] = (self._state.serving.fingerprint,) if self._state.serving else ()
+        return Holdings.of(self._store, first=[*first, *reversed(self._state.recent)])
+
+    def _show_holdings(self) -> None:
+        status = self._board.status
+        self._board.show(self._board.state, have=self._holdings().have, failure=status.failure, want=status.want)
+
+    def _collect(self) -> None:
+        try:
+            self._store.collect(self._state.recent)
+        except RefleetError as error:  # housekeeping must not undo a switch that is proven and durable
+            self._board.warn(f"could not remove old versions: {error.what}")
+
+    def _ack(
+        self, version: Serving | None, evidence: Evidence, *, received: int = 0,
+        timings: dict[str, float] | None = None, probe: bytes | None = None, error: RefleetError | None = None,
+        verified: Verified | None = None,
+    ) -> None:  # fmt: skip
+        current, status = self._gate.current, self._board.status
+        self._acks.send(
+            Ack(
+                worker=status.worker, model=status.model,
+                epoch=version.epoch if version else 0, seq=version.seq if version else 0,
+                version=version.version if version else "", evidence=evidence,
+                fingerprint=self._holds.fingerprint if self._holds else None,
+                serving=current.version if current else None, engine_build=self._engine.build,
+                payload_bytes=received, timings_ms=timings or {}, probe=probe,
+                failure=failure_of(error) if error else None, verified=verified,
+            )
+        )  # fmt: skip

@@ -1,0 +1,120 @@
+"""What a worker keeps on disk besides tensors, what it pursues, and a version that is ready to be applied."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..common import wire
+from ..common.digest import digest_of
+from ..common.errors import DamagedTensor, UsageError
+from ..common.messages import Release, Serving
+from ..common.store import Store
+from ..common.types import WORKER_ID, Manifest, PayloadRef
+
+STATE = "worker"
+
+
+@wire.record("worker-state")
+@dataclass(frozen=True, slots=True)
+class WorkerState:
+    """The worker's record: a crash and a restart give exactly this. `recent` orders retention, newest last."""
+
+    worker: str
+    model: str
+    release: Release | None  # the highest accepted: nothing at or below it is accepted again
+    serving: Serving | None
+    recent: tuple[bytes, ...]  # fingerprints served, each once
+
+
+def load(store: Store, *, worker: str, model: str, folder: Path) -> WorkerState:
+    """The record on disk, or a fresh one. Raises: UsageError when the folder belongs to another worker or model."""
+    data = store.record(STATE)
+    if data is None:
+        return WorkerState(worker, model, None, None, ())
+    state = wire.unpack(data, WorkerState)
+    if (state.worker, state.model) != (worker, model):
+        raise UsageError(
+            f"the state folder {folder} belongs to worker {state.worker!r} of model {state.model!r}",
+            about=f"worker {worker!r} of model {model!r}",
+            serving="nothing: the worker did not start",
+            next="give this worker a --state folder of its own",
+        )
+    return state
+
+
+def default_id(state_dir: str | Path) -> str:
+    """The id of a worker that was given none."""
+    return f"{socket.gethostname()}-{Path(state_dir).absolute().name}"[:64]
+
+
+@contextmanager
+def owned_state(state_dir: str | Path, *, worker: str, model: str) -> Iterator[tuple[Store, WorkerState]]:
+    """The worker's store and record, locked against other processes during the block.
+
+    Raises: UsageError when the folder belongs to another worker, to another model or to a publisher, or for a bad id;
+    StoreBusy when a live process uses it; StoreError; MalformedRecord.
+    """
+    if not WORKER_ID.match(worker):
+        raise UsageError(f"worker id {worker!r} is not [A-Za-z0-9][A-Za-z0-9._-]{{0,63}}", next="choose one with --id")
+    folder = Path(state_dir)
+    with Store(folder) as store, store.lock("worker", holder=f"worker {worker}"):
+        if store.record("publisher") is not None:
+            raise UsageError(
+                f"the state folder {folder} is a publisher's store", next="give the worker a --state folder of its own"
+            )
+        yield store, load(store, worker=worker, model=model, folder=folder)
+
+
+def save(store: Store, state: WorkerState) -> None:
+    """Durable when this returns."""
+    store.put_record(STATE, wire.pack(state))
+
+
+def probe_name(build: str, fingerprint: bytes) -> str:
+    """Name of the record that holds the outputs of this engine build at this version, seen first."""
+    return f"probe-{digest_of(build.encode())[:8].hex()}-{fingerprint.hex()}"
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What to serve next, and the payload that was announced with it."""
+
+    serving: Serving
+    payload: PayloadRef | None
+
+    @classmethod
+    def of(cls, release: Release) -> Goal:
+        version = Serving(release.version, release.epoch, release.seq, release.fingerprint)
+        return cls(version, release.payload)
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A complete version in the worker's store."""
+
+    store: Store
+    serving: Serving
+    manifest: Manifest
+
+    def read(self, name: str) -> memoryview:
+        """Bytes of one tensor; DamagedTensor when the store lost them."""
+        return self.store.read(self.manifest.by_name[name].digest, verify=False)
+
+    def verify(self, names: Iterable[str]) -> None:
+        """Re-hash these tensors on disk before anything touches the engine. Raises: DamagedTensor."""
+        for name in names:
+            try:
+                self.store.read(self.manifest.by_name[name].digest, verify=True)
+            except DamagedTensor as error:
+                raise damaged(name, error) from error
+
+
+def damaged(name: str, error: DamagedTensor) -> DamagedTensor:
+    """The same error, naming the tensor as people know it."""
+    return DamagedTensor(
+        f"tensor {name!r}: {error.what}", digest=error.digest, about=error.about, next=error.next, tensor=name
+    )
