@@ -183,8 +183,8 @@ def unpack_index(data: bytes) -> Index:
 def target_manifest(index: Index, base: Manifest | None) -> Manifest:
     """The manifest that `index` makes out of `base`.
 
-    Raises: WrongBase when the index is relative to another base, DigestMismatch-free by construction: the caller
-    compares the result's fingerprint with the signed one before any body byte moves.
+    The caller compares the result's fingerprint with the signed one before any body byte moves.
+    Raises: WrongBase when the index is relative to another base, MalformedRecord.
     """
     if index.base != (base.fingerprint if base else None):
         raise WrongBase("the delta is relative to a version that is not held here")

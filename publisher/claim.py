@@ -34,10 +34,6 @@ class Claim:
         self._lease: Lease | None = None
         self._lock = threading.RLock()
 
-    @property
-    def held(self) -> bool:
-        return self._lease is not None
-
     def lease(self) -> Lease:
         """This store's lease, claimed at the first call.
 

@@ -65,9 +65,9 @@ def wait_for(
         live = {worker.id for worker in now.live}
         if len(reached) >= workers if workers is not None else live and live <= reached.keys():
             return reached
-        if now.target is not None and _superseded(release, now):
+        if newer := _newer(release, now):
             raise Superseded(
-                f"release {release.version!r} was replaced by {now.target.version!r} before the fleet reached it",
+                f"release {release.version!r} was replaced by {newer.version!r} before the fleet reached it",
                 about=f"{len(reached)} workers reached {evidence.name}",
                 next=f"refleet status --model {release.model}",
             )
@@ -75,12 +75,13 @@ def wait_for(
             raise _deadline(release, evidence, now, reached, workers, timeout_s)
 
 
-def _superseded(release: Release, now: Fleet) -> bool:
-    """Whether there is a newer release, and a live worker took it: the log may hold forged ones."""
+def _newer(release: Release, now: Fleet) -> Release | None:
+    """The release that replaced this one. Only if a live worker took one: the log may hold forged ones."""
     if now.target is None or now.target.order <= release.order:
-        return False
+        return None
     goals = [worker.status.target for worker in now.live if worker.status and worker.status.target]
-    return not now.live or any(goal.order > release.order for goal in goals)
+    taken = not now.live or any(goal.order > release.order for goal in goals)
+    return now.target if taken else None
 
 
 def _read_acks(stream: Stream, release: Release, now: Fleet, progress: Progress, *, block_s: float) -> None:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from ..common.crashpoint import crash_point
-from ..common.errors import DamagedTensor, ProbeMismatch, Quarantined, RefitFailed, RefleetError
+from ..common.errors import ProbeMismatch, Quarantined, RefitFailed, RefleetError
 from ..common.store import Store
 from ..common.types import Manifest
 from .engine import Engine
@@ -26,7 +26,6 @@ class Switched:
     """What a switch did: evidence and timings of one ack."""
 
     probe: bytes | None
-    changed: int
     timings_ms: dict[str, float] = field(default_factory=dict)
 
 
@@ -87,7 +86,7 @@ def switch(
             raise _as_apply_error(error) from error
         hold.to(staged.serving)
     clock.timings_ms["pause"] = round(hold.pause_s * 1000, 3)
-    return Switched(probe, len(changed), clock.timings_ms)
+    return Switched(probe, clock.timings_ms)
 
 
 def first_difference(engine: Engine, manifest: Manifest, names: frozenset[str] | None = None) -> str | None:
@@ -143,6 +142,6 @@ def _restore(
 
 
 def _as_apply_error(error: Exception) -> RefleetError:
-    if isinstance(error, RefleetError | DamagedTensor):
-        return error
-    return RefitFailed(f"the engine raised {type(error).__name__}: {error}")
+    return (
+        error if isinstance(error, RefleetError) else RefitFailed(f"the engine raised {type(error).__name__}: {error}")
+    )

@@ -185,11 +185,12 @@ class Pursuit:
                     self._stream, self._store, ref, check=self._engine.check, on_progress=self._board.progress,
                     on_received=lambda: self._ack(goal.serving, Evidence.RECEIVED),
                 )  # fmt: skip
-        except (StreamGap, DamagedTensor) as error:  # it is gone, or builds on bit rot
+        except StreamGap:  # it is gone
             self._refused.append(ref.payload_id)
-            if isinstance(error, DamagedTensor):
-                raise
             return None, 0
+        except DamagedTensor:  # it builds on bit rot
+            self._refused.append(ref.payload_id)
+            raise
         except BAD_PAYLOAD as error:
             self._refuse(goal, ref, error)
             return None, 0
@@ -218,7 +219,7 @@ class Pursuit:
     def _switch(self, goal: Goal, staged: Staged, received: int, clock: Clock) -> None:
         self._board.show(APPLYING, f"applying {goal.serving.version}", target=goal.serving, evidence=Evidence.STAGED)
         recent = (*(f for f in self._state.recent if f != goal.serving.fingerprint), goal.serving.fingerprint)
-        state = replace(self._state, serving=goal.serving, recent=recent[-max(self._keep, 1) :])
+        state = replace(self._state, serving=goal.serving, recent=recent[-self._keep :])
         current = self._gate.current
         previous = Staged(self._store, current, self._holds) if current and self._holds else None
         try:
