@@ -4,13 +4,17 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check lint types imports bench typing servers clean
+.PHONY: demo test test-plan check lint types imports bench typing servers clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.dev servers
 	$(BIN)/pytest -n 2 --dist worksteal
+
+# Refit plans over real model families. A CUDA build of torch (6 GB) in an environment of its own; needs no GPU.
+test-plan: $(VENV)-plan/.plan
+	REFLEET_PLAN_TESTS=1 $(VENV)-plan/bin/pytest -n 2 --dist worksteal tests/plan
 
 check: lint types imports test
 
@@ -52,5 +56,10 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) -c constraints.txt -e '.[dev]'
 	@touch $@ $(VENV)/.demo
 
+$(VENV)-plan/.plan: pyproject.toml constraints-plan.txt
+	$(PYTHON) -m venv $(VENV)-plan
+	$(VENV)-plan/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-plan.txt -e '.[plan]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .typing build ./*.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VENV)-plan .typing build ./*.egg-info .mypy_cache .ruff_cache .pytest_cache

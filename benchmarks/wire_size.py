@@ -52,7 +52,7 @@ def read(path: Path, store: Store) -> Manifest:
 
 def step(path: Path, store: Store, base: Manifest, target: Manifest) -> Step:
     """Encode base -> target, check that it decodes to the target, and add up."""
-    encoder = Encoder(store, plan(target, base), base=base.fingerprint, target=target.fingerprint)
+    encoder = Encoder(store, plan(target, base), base=base, target=target)
     body = b"".join(bytes(chunk) for chunk in encoder.chunks())
     index = encoder.index()
     codecs = check(store, base, index, body)

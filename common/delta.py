@@ -62,6 +62,11 @@ def plan(target: Manifest, base: Manifest | None, *, lacks: Iterable[bytes] = ()
     return parts
 
 
+def removed(target: Manifest, base: Manifest | None) -> tuple[str, ...]:
+    """Names of the tensors that `base` has and `target` lacks."""
+    return tuple(name for name in base.by_name if name not in target.by_name) if base else ()
+
+
 def in_order(task: Callable[[T], R], items: Iterable[T], *, threads: int) -> Iterator[R]:
     """`map` over threads that keeps the order and looks at most `threads + 1` items ahead: memory stays bounded."""
     if threads <= 1:
@@ -87,15 +92,16 @@ def cores() -> int:
 
 
 class Encoder:
-    """Encodes `parts` out of `store`: iterate `chunks()` once, then ask for `index()`."""
+    """Encodes `parts`, the plan from `base` to `target`, out of `store`: iterate `chunks()` once, then ask for
+    `index()`."""
 
     def __init__(
         self,
         store: Store,
         parts: list[Part],
         *,
-        base: bytes | None,
-        target: bytes,
+        base: Manifest | None,
+        target: Manifest,
         chunk_bytes: int = LIMITS.chunk_bytes,
         threads: int = 0,
     ):
@@ -131,7 +137,10 @@ class Encoder:
             DeltaTensor(part.entry.spec, part.entry.digest, tuple(self._blocks[n]))
             for n, part in enumerate(self._parts)
         )
-        return Index(self._base, self._target, tensors, self._chunk_bytes, self._body_bytes, tuple(self._chunks))
+        return Index(
+            self._base.fingerprint if self._base else None, self._target.fingerprint, tensors, self._chunk_bytes,
+            self._body_bytes, tuple(self._chunks), removed(self._target, self._base),
+        )  # fmt: skip
 
     def _finish(self, chunk: memoryview) -> memoryview:
         self._chunks.append(digest_of(chunk))
@@ -188,7 +197,10 @@ def target_manifest(index: Index, base: Manifest | None) -> Manifest:
     """
     if index.base != (base.fingerprint if base else None):
         raise WrongBase("the delta is relative to a version that is not held here")
-    entries = {entry.spec.name: entry for entry in base.tensors} if base else {}
+    entries = dict(base.by_name) if base else {}
+    for name in index.removed:
+        if entries.pop(name, None) is None:
+            raise MalformedRecord(f"the delta's index removes {name[:60]!r}, which its base does not have")
     entries.update((tensor.spec.name, TensorEntry(tensor.spec, tensor.digest)) for tensor in index.tensors)
     try:
         return Manifest.of(entries.values())

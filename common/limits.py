@@ -29,6 +29,8 @@ class Limits:
     control_entries: int = 256
     log_entries: int = 10_000
     members: int = 100_000
+    bundle_record_bytes: int = 256 * MIB  # of an engine bundle: its graphs are the bulk, some 200 bytes a node
+    bundle_graphs: int = 10_000
 
 
 LIMITS = Limits()

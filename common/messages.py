@@ -54,6 +54,7 @@ class Release:
     full_bytes: int
     created_at_ms: int
     message: str
+    restructure: bool  # names, dtypes or shapes may differ from the release before it
 
     def __post_init__(self) -> None:
         require(bool(MODEL_NAME.match(self.model)), f"model name {self.model!r}")
@@ -95,6 +96,7 @@ class VerifyRequest:
     model: str
     nonce: str
     created_at_ms: int
+    deep: bool  # also the engine as a whole, in its own serialized form
 
     def __post_init__(self) -> None:
         require(bool(MODEL_NAME.match(self.model)), f"model name {self.model!r}")
@@ -175,10 +177,14 @@ class Verified:
     ok: bool
     tensors: int
     first_bad: str | None
+    engine: bytes | None  # digest of what the engine as a whole holds; only in the answer to a deep request
+    note: str  # why a deep answer has no `engine`, or ""
 
     def __post_init__(self) -> None:
         require(bool(NONCE.match(self.nonce)), f"nonce {self.nonce!r}")
         require_counts(self.tensors)
+        require_digest(self.engine, "engine digest")
+        require(len(self.note.encode()) <= LIMITS.message_bytes, "note too long")
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +205,7 @@ class Ack:
     probe: bytes | None = None  # digest of the engine's outputs on its probe inputs
     failure: Failure | None = None
     verified: Verified | None = None
+    applied: str = ""  # how the engine took the version and why that way, in words; "" where there is only one way
 
     def __post_init__(self) -> None:
         require(bool(WORKER_ID.match(self.worker)), f"worker id {self.worker!r}")
@@ -210,6 +217,7 @@ class Ack:
         require(self.serving is None or bool(VERSION_ID.match(self.serving)), f"version id {self.serving!r}")
         require_counts(self.payload_bytes)
         require_digest(self.probe, "probe digest")
+        require(len(self.applied.encode()) <= LIMITS.message_bytes, "account of the apply too long")
 
     @property
     def order(self) -> tuple[int, int]:

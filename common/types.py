@@ -130,6 +130,10 @@ class Manifest:
         return {entry.spec.name: entry for entry in self.tensors}
 
     @cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        return {entry.spec.name: entry.spec for entry in self.tensors}
+
+    @cached_property
     def fingerprint(self) -> bytes:
         from .digest import fingerprint
 
@@ -175,7 +179,7 @@ class DeltaTensor:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """The table of one delta: which tensors changed, how they are encoded, and the digest of every chunk.
+    """The table of one delta: which tensors changed or went, how they are encoded, and the digest of every chunk.
 
     The body is the concatenation of all blocks in order, cut every `chunk_bytes`.
     """
@@ -186,6 +190,7 @@ class Index:
     chunk_bytes: int
     body_bytes: int
     chunks: tuple[bytes, ...]  # BLAKE3 of each body chunk
+    removed: tuple[str, ...]  # names of the base's tensors that the target lacks, sorted as UTF-8 bytes
 
     def __post_init__(self) -> None:
         require_digest(self.base, "base fingerprint")
@@ -197,6 +202,10 @@ class Index:
         require(len(self.chunks) == -(-self.body_bytes // self.chunk_bytes), f"{len(self.chunks)} chunk digests")
         for digest in self.chunks:
             require_digest(digest, "chunk digest")
+        require(not self.removed or self.base is not None, "tensors removed from no base")
+        require(len(self.removed) <= LIMITS.tensors, f"{len(self.removed)} removed tensors exceed {LIMITS.tensors}")
+        gone = [name.encode() for name in self.removed]
+        require(gone == sorted(set(gone)), "names of removed tensors must be sorted and unique")
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
-from ..common.errors import IncompatibleCheckpoint, UnreadableCheckpoint
+from ..common.errors import UnreadableCheckpoint
 from ..common.limits import LIMITS
-from ..common.types import Manifest, TensorSpec
+from ..common.types import TensorSpec
 from .safetensors_header import Place
 from .shards import find_files
 from .source_file import SourceFile
@@ -121,35 +121,3 @@ class FileCheckpoint:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def compatible(specs: Mapping[str, TensorSpec], earlier: Manifest, *, version: str, earlier_version: str) -> None:
-    """Whether `specs` can follow `earlier` as a version of the same model: the same names, dtypes and shapes.
-
-    Raises: IncompatibleCheckpoint naming the first tensor (by name) that is missing, extra or different, and how many
-    more there are.
-    """
-    before = {name: entry.spec for name, entry in earlier.by_name.items()}
-    names = sorted(specs.keys() | before.keys(), key=str.encode)
-    differing = [name for name in names if specs.get(name) != before.get(name)]
-    if not differing:
-        return
-    name, further = differing[0], len(differing) - 1
-    ours, theirs = specs.get(name), before.get(name)
-    if ours is None:
-        what = f"tensor {theirs} of {earlier_version} is missing from {version}"
-    elif theirs is None:
-        what = f"tensor {ours} of {version} is extra: {earlier_version} has no such tensor"
-    else:
-        what = (
-            f"tensor {name} is {ours.dtype}{list(ours.shape)} in {version}, "
-            f"but {theirs.dtype}{list(theirs.shape)} in {earlier_version}"
-        )
-    if further:
-        what += f"; {further} further tensor{'s differ' if further > 1 else ' differs'}"
-    raise IncompatibleCheckpoint(
-        what,
-        about=f"version {version} with {len(specs)} tensors, after {earlier_version} with {len(before)}",
-        next="publish it under another --model name",
-        tensor=name,
-    )

@@ -16,13 +16,14 @@ import click
 
 from ..common.config import command_settings, redacted
 from ..common.errors import RefleetError, UsageError
-from .commands import gc, publish, rollback, status, verify_command
+from .commands import gc, publish, rollback, status
 from .history_cli import diff_command, history, show
 from .keys_cli import keys
 from .screen import Screen
 from .serve import serve
 from .server import server
 from .session import Session, example
+from .verify_cli import verify_command
 
 
 class InOrder(click.Group):

@@ -1,4 +1,4 @@
-"""`refleet publish`, `rollback`, `status`, `verify` and `gc`."""
+"""`refleet publish`, `rollback`, `status` and `gc`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from .publish import Published, Publisher
 from .retention import reasons_to_keep
 from .screen import share_text, short, size_text
 from .session import EVIDENCE, FILE, Session, Waiting, example, shared
-from .verify import Verification, verify
 
 #: name of the lock that `refleet serve` holds in its store
 SERVE_LOCK = "serve"
@@ -42,6 +41,10 @@ _BUDGET = click.option(
 )  # fmt: skip
 _TAKE_OVER = click.option("--take-over", is_flag=True, help="Fence off another store that publishes this model.")
 _MESSAGE = click.option("--message", default="", metavar="TEXT", help="A note for the history.")
+_ALLOW = click.option(
+    "--allow-structure-change", is_flag=True,
+    help="Allow other names, dtypes or shapes than before. Workers whose engine can't follow refuse it.",
+)  # fmt: skip
 
 
 @click.command(
@@ -60,10 +63,11 @@ _MESSAGE = click.option("--message", default="", metavar="TEXT", help="A note fo
 @_KEEP
 @_BUDGET
 @_TAKE_OVER
+@_ALLOW
 @shared("model", "store", "key", "redis")
 def publish(
     session: Session, path: Path, version: str | None, message: str, wait: str | None, workers: int | None,
-    timeout: float, keep: int, budget: int | None, take_over: bool,
+    timeout: float, keep: int, budget: int | None, take_over: bool, allow_structure_change: bool,
 ) -> None:  # fmt: skip
     """Make a checkpoint the version that every worker serves.
 
@@ -75,7 +79,10 @@ def publish(
     open_checkpoint(path).close()  # a wrong path is told before anything is asked of the server
     with session.publisher(take_over=take_over, keep=keep, budget=budget) as publisher:
         with session.screen.phases() as on_progress:
-            published = publisher.publish(path, version=version, message=message, on_progress=on_progress)
+            published = publisher.publish(
+                path, version=version, message=message, allow_structure_change=allow_structure_change,
+                on_progress=on_progress,
+            )  # fmt: skip
         _announced(session, publisher, published, wait=wait, workers=workers, timeout=timeout)
 
 
@@ -90,10 +97,11 @@ def publish(
 @_TIMEOUT
 @_KEEP
 @_TAKE_OVER
+@_ALLOW
 @shared("model", "store", "key", "redis")
 def rollback(
     session: Session, to: str, message: str, wait: str | None, workers: int | None, timeout: float, keep: int,
-    take_over: bool,
+    take_over: bool, allow_structure_change: bool,
 ) -> None:  # fmt: skip
     """Make an earlier version the target again.
 
@@ -104,7 +112,9 @@ def rollback(
     session.existing_store()
     with session.publisher(take_over=take_over, keep=keep) as publisher:
         with session.screen.phases() as on_progress:
-            published = publisher.rollback(to, message=message, on_progress=on_progress)
+            published = publisher.rollback(
+                to, message=message, allow_structure_change=allow_structure_change, on_progress=on_progress
+            )
         _announced(session, publisher, published, wait=wait, workers=workers, timeout=timeout)
 
 
@@ -129,6 +139,7 @@ def _announced(
             ("fingerprint", short(release.fingerprint)),
             ("changed", f"{release.changed_tensors} of {release.total_tensors} tensors"),
             ("payload", f"{sent} ({share_text(release.payload_bytes, release.full_bytes)})"),
+            *([("structure", "other names, dtypes or shapes")] if release.restructure else []),
         ]
     )
     now = fleet(publisher.stream)
@@ -140,6 +151,9 @@ def _announced(
     with screen.fleet() as on_fleet:
         acks = published.wait(workers, evidence=wait, timeout_s=timeout, on_progress=on_fleet)
     screen.facts([("workers", f"{len(acks)} reached {wait}: {_few(sorted(acks))}")])
+    for worker in sorted(acks):
+        if acks[worker].applied:
+            screen.say(f"{worker}: {acks[worker].applied}")
     session.result({
         **session.release,
         "live_workers": len(fleet(publisher.stream).live),
@@ -182,10 +196,11 @@ def _ack_dict(ack: Ack) -> dict[str, object]:
         "fingerprint": ack.fingerprint.hex() if ack.fingerprint else None,
         "payload_bytes": ack.payload_bytes,
         "timings_ms": ack.timings_ms,
+        "applied": ack.applied,
     }
 
 
-# ---------------------------------------------------------------------- status and verify
+# ---------------------------------------------------------------------- status
 
 
 @click.command(epilog=example("refleet status --model policy"))
@@ -200,54 +215,6 @@ def status(session: Session) -> None:
         now = fleet(stream, trust=trust)
     session.screen.status(now)
     session.result(now.to_dict())
-
-
-@click.command("verify", epilog=example("refleet verify --model policy --timeout 120"))
-@click.option(
-    "--timeout", type=click.FloatRange(0), default=60.0, show_default=True, metavar="S",
-    help="How long workers may take to read back their engines.",
-)  # fmt: skip
-@shared("model", "key", "redis")
-def verify_command(session: Session, timeout: float) -> int:
-    """Make every worker hash again what its engine holds.
-
-    Fails (exit code 3) when an engine holds other bytes than its version, naming the first tensor, when a live worker
-    does not answer in time, and when no worker is there. Sign the request with --key where workers have a trust file.
-    """
-    key = session.signing_key()
-    with session.stream() as stream:
-        now = fleet(stream)
-        found = verify(stream, key=key, timeout_s=timeout)
-    absent = sorted({w.id for w in now.workers} - found.answers.keys() - set(found.silent))
-    _show_verification(session, found, absent)
-    return 0 if found.ok else 3
-
-
-def _show_verification(session: Session, found: Verification, absent: list[str]) -> None:
-    rows, answers = [], []
-    for worker, ack in sorted(found.answers.items()):
-        verified = ack.verified
-        assert verified is not None, "answers to this request carry it"
-        result = "ok" if verified.ok else f"differs in {verified.first_bad}" if verified.first_bad else "not verified"
-        rows.append((worker, result, ack.serving or "-", str(verified.tensors)))
-        answers.append({
-            "id": worker, "ok": verified.ok, "serving": ack.serving, "tensors": verified.tensors,
-            "first_bad": verified.first_bad,
-            "fingerprint": ack.fingerprint.hex() if ack.fingerprint else None,
-            "error": {"code": ack.failure.code, "what": ack.failure.what} if ack.failure else None,
-        })  # fmt: skip
-    rows += [(worker, "no answer", "-", "-") for worker in found.silent]
-    rows += [(worker, "gone, not asked", "-", "-") for worker in absent]
-    if rows:
-        session.screen.table(("worker", "result", "serving", "tensors"), rows, right=("tensors",))
-    good = sum(1 for answer in answers if answer["ok"])
-    if not found.answers and not found.silent:
-        session.screen.say(f"not verified: no live worker of model {session.model}")
-    else:
-        session.screen.say(f"{'verified' if found.ok else 'NOT verified'}: {good} of {len(rows) - len(absent)} workers")
-    session.result({
-        "model": session.model, "ok": found.ok, "workers": answers, "silent": list(found.silent), "absent": absent,
-    })  # fmt: skip
 
 
 # ---------------------------------------------------------------------- gc

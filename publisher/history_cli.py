@@ -7,10 +7,11 @@ from pathlib import Path
 import click
 
 from ..common.messages import Release
-from .checkpoint import compatible, open_checkpoint
+from .checkpoint import open_checkpoint
 from .inspect import Diff, Shown, diff, iso_time, release_dict, releases_in_log, show_from_book, show_from_log
 from .screen import share_text, short, size_text
 from .session import FILE, Session, example, shared
+from .structure import compatible
 
 _LINES = 20  # tensors that a person is shown; --json has all of them
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..common import wire
 from ..common.codec import encode_block
-from ..common.delta import Part, as_bytes, cores, in_order, plan
+from ..common.delta import Part, as_bytes, cores, in_order, plan, removed
 from ..common.errors import DamagedTensor, ProtocolError, UnknownVersion
 from ..common.limits import LIMITS
 from ..common.messages import Release
@@ -41,6 +41,7 @@ def release_dict(release: Release) -> dict[str, object]:
         "full_bytes": release.full_bytes,
         "created_at": iso_time(release.created_at_ms),
         "message": release.message,
+        "restructure": release.restructure,
     }
 
 
@@ -270,7 +271,7 @@ def _payload_bytes(manifest: Manifest, base: Manifest | None, parts: list[Part],
     tensors = tuple(DeltaTensor(p.entry.spec, p.entry.digest, tuple(blocks[n])) for n, p in enumerate(parts))
     index = Index(
         base.fingerprint if base else None, manifest.fingerprint, tensors, LIMITS.chunk_bytes, body,
-        (bytes(32),) * chunks,
+        (bytes(32),) * chunks, removed(manifest, base),
     )  # fmt: skip
     return body + len(wire.pack(index))
 

@@ -129,7 +129,7 @@ class Payloads:
         on_progress: Callable[[int, int], None],
     ) -> PayloadRef:  # fmt: skip
         parts = plan(target, base, lacks=lacks)
-        encoder = Encoder(self._book.store, parts, base=base.fingerprint if base else None, target=target.fingerprint)
+        encoder = Encoder(self._book.store, parts, base=base, target=target)
         most = sum(part.entry.spec.size_bytes for part in parts if part.carried)
         number = sent = 0
         for chunk in encoder.chunks():

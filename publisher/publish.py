@@ -23,13 +23,14 @@ from ..common.store import Collected, Store
 from ..common.stream import Stream
 from ..common.types import VERSION_ID, Manifest, PayloadRef
 from .book import Book, PublisherState, Version, now_ms, released
-from .checkpoint import compatible, open_checkpoint
+from .checkpoint import open_checkpoint
 from .claim import LEASE_S, LOCK_S, Claim
 from .fleet import Fleet, fleet
 from .ingest import OnBytes, forget_damaged, hashed, ingest, silent
 from .payloads import Payloads
 from .retention import reasons_to_keep
 from .service import Service
+from .structure import restructures
 from .wait import as_evidence, wait_for
 
 if TYPE_CHECKING:
@@ -111,11 +112,14 @@ class Publisher:
         *,
         version: str | None = None,
         message: str = "",
+        allow_structure_change: bool = False,
         on_progress: OnBytes = silent,
     ) -> Published:
         """Make `source` the fleet's target as `version` (default: the next free `v<n>`).
 
-        The same content under the same id again is a no-op or a re-announcement, never an error.
+        The same content under the same id again is a no-op or a re-announcement, never an error. Names, dtypes and
+        shapes must be those of the release before it unless `allow_structure_change`; workers whose engine can't
+        follow refuse such a release, and serve on what they serve.
         `on_progress(phase, done, total)` in bytes, for the phases "hash", "store" and "send".
         Raises: CheckpointError (nothing was published), PublisherBusy, StaleEpoch, OverBudget, StreamError, StoreError.
         """
@@ -128,8 +132,10 @@ class Publisher:
             raise UsageError(f"the message takes more than {LIMITS.message_bytes} bytes")
         with self._exclusive("publish") as head, open_checkpoint(source) as checkpoint:
             base = self._manifest(head)
-            if head and base:
-                compatible(checkpoint.specs, base, version=version or checkpoint.source, earlier_version=head.version)
+            restructure = restructures(
+                self.stream, checkpoint.specs, head, base, version=version or checkpoint.source,
+                allowed=allow_structure_change,
+            )  # fmt: skip
             manifest = hashed(checkpoint, on_progress=on_progress)
             self._check_id(version, manifest)
             ingest(checkpoint, manifest, self.store, serving=self._serving(), on_progress=on_progress)
@@ -147,21 +153,27 @@ class Publisher:
                 forget_damaged(manifest, self.store)
                 ingest(checkpoint, manifest, self.store, serving=self._serving(), on_progress=on_progress)
                 payload = self._payload(manifest, base, on_progress)
-            return self._commit("publish", name, manifest, head, payload, changed, message)
+            return self._commit("publish", name, manifest, head, payload, changed, message, restructure)
 
-    def rollback(self, to: str, *, message: str = "", on_progress: OnBytes = silent) -> Published:
+    def rollback(
+        self, to: str, *, message: str = "", allow_structure_change: bool = False, on_progress: OnBytes = silent
+    ) -> Published:
         """Make the earlier version `to` the target again: a new release, with payload only if a live worker needs it.
 
-        Raises: UnknownVersion (not here, or past retention), PublisherBusy, StaleEpoch, OverBudget, StreamError.
+        Raises: UnknownVersion (not here, or past retention), IncompatibleCheckpoint (see `publish`), PublisherBusy,
+        StaleEpoch, OverBudget, StreamError.
         """
         with self._exclusive("rollback") as head:
             manifest = self.book.manifest_of(to)
             if head and head.version == to and self._is_target(head):
                 return Published(head, self.stream, already=True)
             base = self._manifest(head)
+            restructure = restructures(
+                self.stream, manifest.specs, head, base, version=to, allowed=allow_structure_change
+            )  # fmt: skip
             changed = len(manifest.changed_from(base))
             payload = self._payload(manifest, base, on_progress)
-            return self._commit("rollback", to, manifest, head, payload, changed, message)
+            return self._commit("rollback", to, manifest, head, payload, changed, message, restructure)
 
     def collect(self, keep: int | None = None) -> tuple[dict[str, str], Collected]:
         """Drop versions past retention; returns why each of the others is kept, by version id, and what was freed."""
@@ -226,7 +238,7 @@ class Publisher:
 
     def _commit(
         self, kind: str, name: str, manifest: Manifest, head: Release | None, payload: PayloadRef | None, changed: int,
-        message: str,
+        message: str, restructure: bool,
     ) -> Published:  # fmt: skip
         """Number, sign, record, append: from here on the release is real."""
         with self.store.lock("log", wait_s=LOCK_S, holder="commit"):
@@ -239,7 +251,7 @@ class Publisher:
                 fingerprint=manifest.fingerprint, base=head.fingerprint if head else None, payload=payload,
                 changed_tensors=changed, total_tensors=len(manifest.tensors),
                 payload_bytes=payload.size_bytes if payload else 0, full_bytes=manifest.size_bytes,
-                created_at_ms=now_ms(), message=message,
+                created_at_ms=now_ms(), message=message, restructure=restructure,
             )  # fmt: skip
             data = seal(wire.pack(release), self.key)
             crash_point("publisher.before-record")

@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from bundle_twin import own_bundle, saved_bundle  # noqa: F401 - fixtures
 from carriers import Carrier, InMemory, OnServer
 from cli_runs import cli  # noqa: F401 - a fixture
+from engine_cases import case, follower  # noqa: F401 - fixtures
 from servers import KINDS, Server, binary
 from worker_runs import runs  # noqa: F401 - a fixture
 from world import World

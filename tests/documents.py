@@ -104,7 +104,8 @@ def leaf(words: list[str]) -> tuple[click.Context, list[str]]:
 
 def flags(context: click.Context) -> set[str]:
     """The flags that a command takes, those of its help included."""
-    return {name for parameter in context.command.get_params(context) for name in parameter.opts if name[0] == "-"}
+    parameters = context.command.get_params(context)
+    return {name for each in parameters for name in (*each.opts, *each.secondary_opts) if name[0] == "-"}
 
 
 def every_command() -> Iterator[click.Context]:

@@ -1,16 +1,22 @@
-"""Versions and engines that the engine tests share."""
+"""Versions and engines that the engine tests share, and fixtures that give each engine in turn."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from refleet.common.digest import digest_of
 from refleet.common.messages import Serving
 from refleet.common.types import Manifest, TensorEntry, TensorSpec
+from refleet.worker.engine import Engine
+from refleet.worker.file_engine import FileEngine
+from refleet.worker.memory_engine import MemoryEngine
+from refleet.worker.torch_engine import TorchEngine
 from torch import nn
 
 SPECS = {
@@ -68,6 +74,7 @@ class Staged:
     manifest: Manifest
     tensors: dict[str, bytes]
     broken: Mapping[str, Exception] = dataclasses.field(default_factory=dict)
+    restructure: bool = False
 
     @property
     def names(self) -> frozenset[str]:
@@ -99,3 +106,65 @@ def zoo_version(seed: int) -> Staged:
     tensors["embed.weight"] = rows.tobytes()
     tensors["norm"] = torch.from_numpy(rows[0]).bfloat16().view(torch.int16).numpy().tobytes()
     return version(tensors, SPECS.values(), name=f"v{seed}", seq=seed)
+
+
+def one_changed(base: Staged, name: str) -> Staged:
+    """`base` with other bytes in one tensor."""
+    tensors = {**base.tensors, name: zoo_version(99).tensors[name]}
+    assert tensors[name] != base.tensors[name]
+    return version(tensors, SPECS.values(), name="next", seq=base.serving.seq + 1)
+
+
+def with_spec(name: str, dtype: str, shape: tuple[int, ...]) -> Staged:
+    base, spec = zoo_version(2), TensorSpec(name, dtype, shape)
+    specs = [*(s for n, s in SPECS.items() if n != name), spec]
+    return version({**base.tensors, name: bytes(spec.size_bytes)}, specs, name="v2", seq=2)
+
+
+def without(name: str) -> Staged:
+    base = zoo_version(2)
+    return version({n: d for n, d in base.tensors.items() if n != name}, [s for n, s in SPECS.items() if n != name])
+
+
+@dataclass
+class Case:
+    engine: Engine
+    kind: str
+
+    def read_back(self, names: frozenset[str]) -> dict[str, bytes]:
+        return dict(self.engine.read_back(sorted(names)))
+
+    def spoil(self, name: str) -> None:
+        """Flip one bit of what the engine holds, behind its back."""
+        match self.engine:
+            case TorchEngine(module=module):
+                module.state_dict()[name].view(torch.uint8).view(-1)[0] ^= 1
+            case FileEngine(path=path):
+                data = bytearray(path.read_bytes())
+                held = zoo_version(1).tensors[name]
+                data[data.index(held)] ^= 1
+                path.write_bytes(data)
+            case MemoryEngine(tensors=tensors):
+                tensors[name] = bytes([tensors[name][0] ^ 1]) + tensors[name][1:]
+
+
+KINDS = ["torch", "file", "memory", "memory-prepares", *(["torch-cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(params=KINDS)
+def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
+    if request.param == "torch":
+        return Case(TorchEngine(zoo), "torch")
+    if request.param == "torch-cuda":
+        return Case(TorchEngine(Zoo().cuda().eval(), probe_inputs=((torch.arange(3).cuda(),), {"scale": 2.0})), "torch")
+    if request.param == "file":
+        return Case(FileEngine(tmp_path / "model.safetensors"), "file")
+    return Case(MemoryEngine(SPECS.values(), prepares=request.param == "memory-prepares"), "memory")
+
+
+@pytest.fixture(params=["file", "memory", "memory-prepares"])
+def follower(request: pytest.FixtureRequest, tmp_path: Path) -> Engine:
+    """An engine that can be rebuilt for other names, dtypes and shapes."""
+    if request.param == "file":
+        return FileEngine(tmp_path / "model.safetensors")
+    return MemoryEngine(prepares=request.param == "memory-prepares")

@@ -114,7 +114,7 @@ def raw_lines(publisher: Publisher, target: Manifest, base: Manifest | None) -> 
 
 def craft(
     outsider: Outsider, lines: list[Line], *, base: bytes | None, target: bytes, claim_base: bytes | None = None,
-    claim_target: bytes | None = None,
+    claim_target: bytes | None = None, removed: tuple[str, ...] = (),
 ) -> PayloadRef:  # fmt: skip
     """Write a delta that is consistent with itself, whatever it leads to; `claim_...`: what its reference says."""
     payload_id = secrets.token_hex(16)
@@ -124,7 +124,9 @@ def craft(
         for line in lines
     )
     chunks = [body] if body else []
-    index = Index(base, target, tensors, max(len(body), 1), len(body), tuple(digest_of(chunk) for chunk in chunks))
+    index = Index(
+        base, target, tensors, max(len(body), 1), len(body), tuple(digest_of(chunk) for chunk in chunks), removed
+    )
     data = wire.pack(index)
     outsider.put(payload_id, [*chunks, data])
     return PayloadRef(

@@ -13,7 +13,7 @@ from world import checkpoint
 
 RELEASE_KEYS = [
     "version", "epoch", "seq", "kind", "fingerprint", "base", "changed_tensors", "total_tensors", "payload_bytes",
-    "full_bytes", "created_at", "message",
+    "full_bytes", "created_at", "message", "restructure",
 ]  # fmt: skip
 
 

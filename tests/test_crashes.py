@@ -30,6 +30,7 @@ WORKER_POINTS = [
     "store.pack-written",
     "store.pack-renamed",
     "worker.staged",
+    "worker.prepared+1",
     "file_engine.written+1",
     "file_engine.renamed+1",
     "worker.applied+1",
@@ -100,7 +101,7 @@ def test_a_worker_killed_at_any_point_serves_one_whole_version_and_then_converge
     left = which(processes.served("w0"), versions)
     claimed = {ack.version for ack in serving_acks(valkey.url, processes.model, "w0")}
     assert "v2" not in claimed or left == "v2", "an ack said SERVING of what is not served"
-    if point in ("worker.accepted", "worker.received-chunk", "worker.staged"):
+    if point in ("worker.accepted", "worker.received-chunk", "worker.staged", "worker.prepared+1"):
         assert left == "v1"
     processes.worker("w0")
     until(lambda: processes.serving_of("w0") == "v2", "the restarted worker serves v2", timeout_s=60)

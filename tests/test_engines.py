@@ -1,63 +1,12 @@
-"""One contract, three engines: a torch module, a safetensors file, and the memory twin."""
+"""One contract, three engines: a torch module, a safetensors file, and the memory twin, which may also prepare."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
 import pytest
-import torch
-from engine_cases import SPECS, Staged, Zoo, version, zoo, zoo_version
+from engine_cases import SPECS, Case, Staged, one_changed, with_spec, without, zoo_version
 from refleet.common.digest import digest_of
 from refleet.common.errors import ApplyError, DigestMismatch, NotRefittable, RefitFailed
-from refleet.common.types import TensorSpec
-from refleet.worker.engine import Engine
-from refleet.worker.file_engine import FileEngine
 from refleet.worker.memory_engine import MemoryEngine
-from refleet.worker.torch_engine import TorchEngine
-
-
-@dataclass
-class Case:
-    engine: Engine
-    kind: str
-
-    def read_back(self, names: frozenset[str]) -> dict[str, bytes]:
-        return dict(self.engine.read_back(sorted(names)))
-
-    def spoil(self, name: str) -> None:
-        """Flip one bit of what the engine holds, behind its back."""
-        match self.engine:
-            case TorchEngine(module=module):
-                module.state_dict()[name].view(torch.uint8).view(-1)[0] ^= 1
-            case FileEngine(path=path):
-                data = bytearray(path.read_bytes())
-                held = zoo_version(1).tensors[name]
-                data[data.index(held)] ^= 1
-                path.write_bytes(data)
-            case MemoryEngine(tensors=tensors):
-                tensors[name] = bytes([tensors[name][0] ^ 1]) + tensors[name][1:]
-
-
-KINDS = ["torch", "file", "memory", *(["torch-cuda"] if torch.cuda.is_available() else [])]
-
-
-@pytest.fixture(params=KINDS)
-def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
-    if request.param == "torch":
-        return Case(TorchEngine(zoo), "torch")
-    if request.param == "torch-cuda":
-        return Case(TorchEngine(Zoo().cuda().eval(), probe_inputs=((torch.arange(3).cuda(),), {"scale": 2.0})), "torch")
-    if request.param == "file":
-        return Case(FileEngine(tmp_path / "model.safetensors"), "file")
-    return Case(MemoryEngine(SPECS.values()), "memory")
-
-
-def one_changed(base: Staged, name: str) -> Staged:
-    """`base` with other bytes in one tensor."""
-    tensors = {**base.tensors, name: zoo_version(99).tensors[name]}
-    assert tensors[name] != base.tensors[name]
-    return version(tensors, SPECS.values(), name="next", seq=base.serving.seq + 1)
 
 
 def test_what_is_read_back_after_applying_everything_is_the_version(case: Case) -> None:
@@ -97,17 +46,6 @@ def test_unchanged_tensors_are_not_even_read(case: Case) -> None:
     assert case.read_back(second.names) == second.digests
 
 
-def with_spec(name: str, dtype: str, shape: tuple[int, ...]) -> Staged:
-    base, spec = zoo_version(2), TensorSpec(name, dtype, shape)
-    specs = [*(s for n, s in SPECS.items() if n != name), spec]
-    return version({**base.tensors, name: bytes(spec.size_bytes)}, specs, name="v2", seq=2)
-
-
-def without(name: str) -> Staged:
-    base = zoo_version(2)
-    return version({n: d for n, d in base.tensors.items() if n != name}, [s for n, s in SPECS.items() if n != name])
-
-
 @pytest.mark.parametrize(
     ("staged", "tensor", "words"),
     [
@@ -134,6 +72,12 @@ def test_a_version_of_another_model_is_refused_by_name_and_nothing_is_touched(
         for word in [tensor, *words]:
             assert word in caught.value.what
         assert case.read_back(first.names) == first.digests
+
+
+def test_these_engines_have_one_way_to_apply_and_no_serialized_form(case: Case) -> None:
+    staged = zoo_version(1)
+    case.engine.apply(staged, staged.names)
+    assert (case.engine.applied, case.engine.content_digest()) == ("", None)
 
 
 @pytest.mark.parametrize("failing", ["columns", "mask", "wide"])

@@ -65,7 +65,7 @@ class Scene:
         epoch, seq = next_order(release)
         return Release(
             release.model, release.publisher, epoch, seq, "rollback", "v1", self.one.release.fingerprint,
-            release.fingerprint, None, 0, release.total_tensors, 0, release.full_bytes, 0, "",
+            release.fingerprint, None, 0, release.total_tensors, 0, release.full_bytes, 0, "", False,
         )  # fmt: skip
 
     def refused(self, *codes: str) -> None:

@@ -94,10 +94,10 @@ class Slow(MemoryEngine):
         super().__init__()
         self.asked, self.go = threading.Event(), threading.Event()
 
-    def check(self, manifest) -> None:  # type: ignore[no-untyped-def]
+    def check(self, manifest, *, restructure=False) -> None:  # type: ignore[no-untyped-def]
         self.asked.set()
         assert self.go.wait(30)
-        super().check(manifest)
+        super().check(manifest, restructure=restructure)
 
 
 def sized(world: World) -> int:

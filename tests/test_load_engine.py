@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from refleet.common.errors import UsageError
-from refleet.worker.engine import load_engine
 from refleet.worker.file_engine import FileEngine
+from refleet.worker.load_engine import load_engine
 from refleet.worker.torch_engine import TorchEngine
 
 
@@ -48,16 +48,16 @@ def test_a_module_in_the_current_folder_is_found(home: Path) -> None:
 
 def test_the_current_folder_comes_first_as_for_python_dash_m(tmp_path: Path) -> None:
     (tmp_path / "statistics.py").write_text(MODULE)  # beside one of the standard library
-    code = "from refleet.worker.engine import load_engine; print(load_engine('torch:statistics:Models.tiny').build)"
+    code = "from refleet.worker.load_engine import load_engine; print(load_engine('torch:statistics:Models.tiny').build)"
     subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
 
 
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("", "starts with torch: or file:"),
-        ("model.safetensors", "starts with torch: or file:"),
-        ("onnx:model", "starts with torch: or file:"),
+        ("", "starts with torch:, tensorrt:, bundle: or file:"),
+        ("model.safetensors", "starts with torch:, tensorrt:, bundle: or file:"),
+        ("onnx:model", "starts with torch:, tensorrt:, bundle: or file:"),
         ("file:", "nothing follows 'file:'"),
         ("torch:", "nothing follows 'torch:'"),
         ("torch:module_only", "torch:package.module:factory"),

@@ -193,7 +193,7 @@ def test_a_block_is_never_larger_than_what_it_encodes(sizes: tuple[int, ...]) ->
         DeltaTensor(BIG, D1, tuple(Block(0, size) for size in sizes))
 
 
-INDEX = Index(D1, D2, (DeltaTensor(SPEC, D3, (Block(0, 10),)),), 4, 10, (D1, D2, D3))
+INDEX = Index(D1, D2, (DeltaTensor(SPEC, D3, (Block(0, 10),)),), 4, 10, (D1, D2, D3), ("gone",))
 
 
 @pytest.mark.parametrize(
@@ -208,6 +208,9 @@ INDEX = Index(D1, D2, (DeltaTensor(SPEC, D3, (Block(0, 10),)),), 4, 10, (D1, D2,
         ({"chunks": (D1, D2)}, "2 chunk digests"),
         ({"chunks": (D1, D2, D3, D3)}, "4 chunk digests"),
         ({"chunks": (D1, D2, b"")}, "chunk digest"),
+        ({"base": None}, "removed from no base"),
+        ({"removed": ("b", "a")}, "sorted and unique"),
+        ({"removed": ("a", "a")}, "sorted and unique"),
     ],
 )
 def test_an_index_that_contradicts_itself_is_refused(change: dict[str, object], match: str) -> None:

@@ -32,19 +32,27 @@ SPEC = TensorSpec("layer.0.weight", "BF16", (2, 300))
 REF = PayloadRef(P, a, b, 1, 1000, 1, 200, c)
 FAILURE = Failure("DigestMismatch", "bytes differ", "layer.0.weight")
 SERVING = Serving("v16", 3, 6, a)
-RELEASE = Release("chat", N, 3, 7, "publish", "v17", b, a, REF, 1, 2, 1200, 1204, 1_700_000_000_000, "näher")
+RELEASE = Release("chat", N, 3, 7, "publish", "v17", b, a, REF, 1, 2, 1200, 1204, 1_700_000_000_000, "näher", True)
 KEY = SigningKey(Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
 
 RECORDS = {
     "release": RELEASE,
-    "release without payload": replace(RELEASE, kind="rollback", seq=8, payload=None, payload_bytes=0, message=""),
+    "release without payload": replace(
+        RELEASE, kind="rollback", seq=8, payload=None, payload_bytes=0, message="", restructure=False
+    ),
     "first release": replace(RELEASE, base=None, payload=None),
     "offer": Offer("chat", N, 3, REF),
-    "verify request": VerifyRequest("chat", N, 1_700_000_000_000),
+    "verify request": VerifyRequest("chat", N, 1_700_000_000_000, True),
     "index": Index(
-        a, b, (DeltaTensor(SPEC, c, (Block(2, 70),)), DeltaTensor(TensorSpec("z", "U8", (0,)), a, ())), 64, 70, (b, c)
+        a,
+        b,
+        (DeltaTensor(SPEC, c, (Block(2, 70),)), DeltaTensor(TensorSpec("z", "U8", (0,)), a, ())),
+        64,
+        70,
+        (b, c),
+        ("alt", "bias"),
     ),
-    "empty index": Index(None, b, (), 4096, 0, ()),
+    "empty index": Index(None, b, (), 4096, 0, (), ()),
     "manifest": Manifest((TensorEntry(TensorSpec("b", "F32", ()), a), TensorEntry(SPEC, b))),
     "payload": REF,
     "ack": Ack(
@@ -61,7 +69,8 @@ RECORDS = {
         {"fetch": 1.5, "refit": 0.25},
         c,
         FAILURE,
-        Verified(N, False, 2, "layer.0.weight"),
+        Verified(N, False, 2, "layer.0.weight", a, "warum"),
+        "refitted in place",
     ),
     "smallest ack": Ack("gpu-1", "chat", 3, 7, "v17", Evidence.NONE, None, None, "", 0),
     "status": WorkerStatus(
@@ -96,49 +105,50 @@ RECORDS = {
 N_TEXT, P_TEXT = N.encode().hex(), P.encode().hex()
 GOLDEN = {
     "release": (
-        f"dc0011a772656c6561736501a463686174d920{N_TEXT}0307a77075626c697368a3763137c420{B}c420{A}98d920{P_TEXT}c420{A}c4"
-        f"20{B}01cd03e801ccc8c420{C}0102cd04b0cd04b4cf0000018bcfe56800a66ec3a4686572"
+        f"dc0012a772656c6561736502a463686174d920{N_TEXT}0307a77075626c697368a3763137c420{B}c420{A}98d920{P_TEXT}c420{A}c4"
+        f"20{B}01cd03e801ccc8c420{C}0102cd04b0cd04b4cf0000018bcfe56800a66ec3a4686572c3"
     ),
     "release without payload": (
-        f"dc0011a772656c6561736501a463686174d920{N_TEXT}0308a8726f6c6c6261636ba3763137c420{B}c420{A}c0010200cd04b4cf00"
-        "00018bcfe56800a0"
+        f"dc0012a772656c6561736502a463686174d920{N_TEXT}0308a8726f6c6c6261636ba3763137c420{B}c420{A}c0010200cd04b4cf00"
+        "00018bcfe56800a0c2"
     ),
     "first release": (
-        f"dc0011a772656c6561736501a463686174d920{N_TEXT}0307a77075626c697368a3763137c420{B}c0c00102cd04b0cd04b4cf0000"
-        "018bcfe56800a66ec3a4686572"
+        f"dc0012a772656c6561736502a463686174d920{N_TEXT}0307a77075626c697368a3763137c420{B}c0c00102cd04b0cd04b4cf0000"
+        "018bcfe56800a66ec3a4686572c3"
     ),
-    "offer": f"96a56f6666657201a463686174d920{N_TEXT}0398d920{P_TEXT}c420{A}c420{B}01cd03e801ccc8c420{C}",
-    "verify request": f"95a676657269667901a463686174d920{N_TEXT}cf0000018bcfe56800",
+    "offer": f"96a56f6666657202a463686174d920{N_TEXT}0398d920{P_TEXT}c420{A}c420{B}01cd03e801ccc8c420{C}",
+    "verify request": f"96a676657269667902a463686174d920{N_TEXT}cf0000018bcfe56800c3",
     "index": (
-        f"98a5696e64657801c420{A}c420{B}929393ae6c617965722e302e776569676874a4424631369202cd012cc420{C}9192024693"
-        f"93a17aa255389100c420{A}90404692c420{B}c420{C}"
+        f"99a5696e64657802c420{A}c420{B}929393ae6c617965722e302e776569676874a4424631369202cd012cc420{C}9192024693"
+        f"93a17aa255389100c420{A}90404692c420{B}c420{C}92a3616c74a462696173"
     ),
-    "empty index": f"98a5696e64657801c0c420{B}90cd10000090",
+    "empty index": f"99a5696e64657802c0c420{B}90cd1000009090",
     "manifest": (
-        f"93a86d616e696665737401929293a162a346333290c420{A}9293ae6c617965722e302e776569676874a4424631369202cd012c"
+        f"93a86d616e696665737402929293a162a346333290c420{A}9293ae6c617965722e302e776569676874a4424631369202cd012c"
         f"c420{B}"
     ),
-    "payload": f"9aa77061796c6f616401d920{P_TEXT}c420{A}c420{B}01cd03e801ccc8c420{C}",
+    "payload": f"9aa77061796c6f616402d920{P_TEXT}c420{A}c420{B}01cd03e801ccc8c420{C}",
     "ack": (
-        f"dc0010a361636b01a56770752d31a4636861740307a376313705c420{B}a3763137ae746f72636820322e313320637075cd04b0"
+        f"dc0011a361636b02a56770752d31a4636861740307a376313705c420{B}a3763137ae746f72636820322e313320637075cd04b0"
         f"82a56665746368cb3ff8000000000000a57265666974cb3fd0000000000000c420{C}93ae4469676573744d69736d61746368ac"
-        f"627974657320646966666572ae6c617965722e302e77656967687494d920{N_TEXT}c202ae6c617965722e302e776569676874"
+        f"627974657320646966666572ae6c617965722e302e77656967687496d920{N_TEXT}c202ae6c617965722e302e776569676874"
+        f"c420{A}a5776172756db1726566697474656420696e20706c616365"
     ),
-    "smallest ack": "dc0010a361636b01a56770752d31a4636861740307a376313700c0c0a00080c0c0c0",
+    "smallest ack": "dc0011a361636b02a56770752d31a4636861740307a376313700c0c0a00080c0c0c0a0",
     "status": (
-        f"dc0015a6776f726b657201a56770752d31d920{P_TEXT}a463686174a773746167696e6794a37631360306c420{A}94a37631370307"
+        f"dc0015a6776f726b657202a56770752d31d920{P_TEXT}a463686174a773746167696e6794a37631360306c420{A}94a37631370307"
         f"c420{B}0193ae4469676573744d69736d61746368ac627974657320646966666572ae6c617965722e302e77656967687464cd04"
         f"b091c420{A}93c420{B}91c420{C}91d920{P_TEXT}030193ae4469676573744d69736d61746368ac627974657320646966666572ae"
         "6c617965722e302e776569676874c3ae746f72636820322e313320637075cb4000000000000000cf0000018bcfe56800"
     ),
     "smallest status": (
-        f"dc0015a6776f726b657201a56770752d31d920{P_TEXT}a463686174a87374617274696e67c0c000c0000090c00000c0c2a0cb3fe000"
+        f"dc0015a6776f726b657202a56770752d31d920{P_TEXT}a463686174a87374617274696e67c0c000c0000090c00000c0c2a0cb3fe000"
         "000000000000"
     ),
-    "lease": f"97a56c6561736501d920{N_TEXT}03a6686f73742d31ac2f7372762f7265666c656574cd1092",
-    "envelope": "95a8656e76656c6f706501c0c0c4077061796c6f6164",
+    "lease": f"97a56c6561736502d920{N_TEXT}03a6686f73742d31ac2f7372762f7265666c656574cd1092",
+    "envelope": "95a8656e76656c6f706502c0c0c4077061796c6f6164",
     "signed envelope": (
-        "95a8656e76656c6f706501c40898ba85304ac639f0c44050957cf87b3e641534e455d3b3bd5bc75692a677c40b0929e72e2bc529"
+        "95a8656e76656c6f706502c40898ba85304ac639f0c44050957cf87b3e641534e455d3b3bd5bc75692a677c40b0929e72e2bc529"
         "9a1039e4707a158a01dbd53b691928ef0e15b283b8abed7f9945442b91211df33f6200c4077061796c6f6164"
     ),
 }

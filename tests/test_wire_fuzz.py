@@ -81,6 +81,7 @@ def releases(draw: st.DrawFn) -> Release:
         draw(models), draw(nonces), draw(orders), draw(orders), draw(st.sampled_from(["publish", "rollback"])),
         draw(versions), fingerprint, draw(st.none() | digests), draw(st.none() | payloads(fingerprint)),
         draw(counts), draw(counts), draw(counts), draw(counts), draw(times), draw(texts),
+        draw(st.booleans()),
     )  # fmt: skip
 
 
@@ -97,13 +98,17 @@ def indexes(draw: st.DrawFn) -> Index:
     body_bytes = sum(block.encoded_bytes for tensor in tensors for block in tensor.blocks)
     chunk_bytes = draw(st.integers(max(1, body_bytes // 4), LIMITS.chunk_bytes_max))
     chunks = tuple(draw(digests) for _ in range(-(-body_bytes // chunk_bytes)))
-    return Index(draw(st.none() | digests), draw(digests), tuple(tensors), chunk_bytes, body_bytes, chunks)
+    base = draw(st.none() | digests)
+    removed = tuple(sorted(draw(st.sets(texts, max_size=3)), key=str.encode)) if base else ()
+    return Index(base, draw(digests), tuple(tensors), chunk_bytes, body_bytes, chunks, removed)
 
 
 acks = st.builds(
     Ack, versions, models, orders, orders, versions, st.sampled_from(Evidence), st.none() | digests,
     st.none() | versions, texts, counts, st.dictionaries(texts, floats, max_size=4), st.none() | digests,
-    st.none() | failures, st.none() | st.builds(Verified, nonces, st.booleans(), counts, st.none() | texts),
+    st.none() | failures,
+    st.none() | st.builds(Verified, nonces, st.booleans(), counts, st.none() | texts, st.none() | digests, texts),
+    texts,
 )  # fmt: skip
 statuses = st.builds(
     WorkerStatus, versions, texts, models, texts, st.none() | servings, st.none() | servings,
@@ -117,7 +122,7 @@ envelopes = st.builds(Envelope, st.none(), st.none(), st.binary()) | st.builds(
 RANDOM = {
     Release: releases(),
     Offer: st.builds(Offer, models, nonces, orders, payloads()),
-    VerifyRequest: st.builds(VerifyRequest, models, nonces, times),
+    VerifyRequest: st.builds(VerifyRequest, models, nonces, times, st.booleans()),
     Index: indexes(),
     Manifest: manifests,
     PayloadRef: payloads(),

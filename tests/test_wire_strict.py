@@ -54,7 +54,7 @@ def test_a_record_of_another_kind_is_refused(name: str) -> None:
         wire.unpack(bytes.fromhex(GOLDEN[name]), other)
 
 
-@pytest.mark.parametrize("found", [0, 2, 255, True, 1.0, "1", None], ids=repr)
+@pytest.mark.parametrize("found", [0, 1, 3, 255, True, 2.0, "2", None], ids=repr)
 def test_another_format_is_refused_and_says_what_to_do(found: object) -> None:
     tag, _, *rest = items("offer")
     with pytest.raises(MalformedRecord, match="format") as caught:
@@ -140,6 +140,10 @@ SPOILED: list[tuple[str, list[int], Any, str]] = [
     ("verify request", [2], "", "model name"),
     ("verify request", [3], N.upper(), "nonce"),
     ("verify request", [4], -1, "time"),
+    ("verify request", [5], 1, "deep: expected bool"),
+    ("release", [17], 1, "restructure: expected bool"),
+    ("index", [8], ["b", "a"], "sorted and unique"),
+    ("index", [2], None, "removed from no base"),
     ("ack", [3], "", "model name"),
     ("ack", [5], -1, "order"),
     ("ack", [6], "", "version id"),
@@ -149,6 +153,9 @@ SPOILED: list[tuple[str, list[int], Any, str]] = [
     ("ack", [13], b"", "probe digest"),
     ("ack", [15, 0], "", "nonce"),
     ("ack", [15, 2], -1, "negative count"),
+    ("ack", [15, 4], b"", "engine digest"),
+    ("ack", [15, 5], "n" * (LIMITS.message_bytes + 1), "note too long"),
+    ("ack", [16], "n" * (LIMITS.message_bytes + 1), "account of the apply too long"),
     ("status", [2], "", "worker id"),
     ("status", [4], "", "model name"),
     ("status", [6, 0], "", "serving: Serving: version id"),
@@ -278,7 +285,7 @@ def test_an_index_of_as_many_tensors_as_allowed_unpacks_in_seconds() -> None:
     blocks = (Block(1, 100), Block(1, 100))
     names = (f"model.layers.{n:06d}.weight" for n in range(LIMITS.tensors))
     tensors = tuple(DeltaTensor(TensorSpec(name, "BF16", (4096, 4096)), c, blocks) for name in names)
-    index = Index(None, b, tensors, LIMITS.chunk_bytes, 200 * len(tensors), (c,) * 5)
+    index = Index(None, b, tensors, LIMITS.chunk_bytes, 200 * len(tensors), (c,) * 5, ())
     data = wire.pack(index)
     assert len(data) < LIMITS.index_bytes
     start = time.perf_counter()

@@ -186,12 +186,12 @@ class Fickle(MemoryEngine):
 
     bad: bytes | None = None
     unreadable = False
-    applied = 0
+    tried = 0
     grudge = 1
     _angry = 0
 
     def apply(self, staged: StagedVersion, changed: frozenset[str]) -> None:
-        self.applied += 1
+        self.tried += 1
         if bytes(staged.read("steps")) == self.bad:
             self._angry = self.grudge
             raise RefitFailed("not this one", tensor="steps")
@@ -220,14 +220,14 @@ def test_after_a_quarantine_the_version_before_serves_again_and_the_bad_one_is_n
     status = worker.board.status
     assert (status.target and status.target.version, status.serving and status.serving.version) == ("two", "one")
     assert status.failure is not None and "not this one" in status.failure.what
-    tried = engine.applied
+    tried = engine.tried
     verify(publisher.stream, timeout_s=20)  # some rounds later
-    assert engine.applied == tried
+    assert engine.tried == tried
     engine.grudge = 2  # restoring fails, and so does what was served before, on the engine of unknown content
     publisher.publish(checkpoint(2), version="two-again")
-    until(lambda: worker.board.state == "QUARANTINED" and engine.applied == tried + 3, "all was tried once")
+    until(lambda: worker.board.state == "QUARANTINED" and engine.tried == tried + 3, "all was tried once")
     verify(publisher.stream, timeout_s=20)
-    assert (engine.applied, worker.board.state, served(worker)) == (tried + 3, "QUARANTINED", None)
+    assert (engine.tried, worker.board.state, served(worker)) == (tried + 3, "QUARANTINED", None)
     publisher.publish(checkpoint(3), version="three").wait(workers=1)
 
 

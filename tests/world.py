@@ -39,6 +39,17 @@ def checkpoint(seed: int, *, change: float = 1.0, base: State | None = None) -> 
     return made
 
 
+def restructured(state: State) -> State:
+    """`checkpoint` with one tensor renamed, one gone, one new, one of another shape and one of another dtype."""
+    kept = {name: tensor for name, tensor in state.items() if name not in ("embed.weight", "steps")}
+    return kept | {
+        "tokens.weight": state["embed.weight"],
+        "head": torch.arange(12, dtype=torch.float32).reshape(3, 4),
+        "layer.0.bias": state["layer.0.bias"][:200].clone(),
+        "scale": state["scale"].double(),
+    }
+
+
 class World:
     """Publishers and workers of one model; `close` ends all of them, in order."""
 

@@ -5,7 +5,16 @@ apply    switches the engine, whole        pursue          the state machine bet
 gate     requests hold one version         engine          what an engine must do; torch_engine, file_engine
 board    status of this worker             acks, heart     tell the fleet
 worker   the Worker and its loop           http, metrics   tell probes and Prometheus
-cli      `refleet-worker`
+cli      `refleet-worker`                 doctor         can this machine serve?
+
+TensorRT, in the order in which a version flows:
+recipe     what a factory returns           tensorrt_engine  the engine: which way a version goes in
+torch_trt, graph_capture, lowering          what torch_tensorrt makes of a module
+plan_build, refit_plan                      how each engine weight follows from a version's tensors, and the proof
+device_copy, device_digest                  the version's tensors on the GPU, and what they really hold
+live_engine, trt_live, resident             engines whose weights are replaced while they serve
+trt_model, trt_make, compare, official      built models, their proof against PyTorch, torch_tensorrt's own way
+bundle*, graph_text, signature              all of it on disk
 """
 
 from __future__ import annotations
@@ -16,12 +25,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .file_engine import FileEngine
     from .http import HttpFront
+    from .recipe import Recipe
+    from .tensorrt_engine import TensorRTEngine
     from .torch_engine import TorchEngine
     from .worker import Worker
 
-__all__ = ["Worker", "TorchEngine", "FileEngine", "HttpFront"]
+__all__ = ["Worker", "TensorRTEngine", "Recipe", "TorchEngine", "FileEngine", "HttpFront"]
 
-_HOMES = {"Worker": "worker", "TorchEngine": "torch_engine", "FileEngine": "file_engine", "HttpFront": "http"}
+_HOMES = {
+    "Worker": "worker", "TensorRTEngine": "tensorrt_engine", "Recipe": "recipe", "TorchEngine": "torch_engine",
+    "FileEngine": "file_engine", "HttpFront": "http",
+}  # fmt: skip
 
 if not TYPE_CHECKING:  # a type checker would take it as leave to use any name
 

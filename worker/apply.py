@@ -1,7 +1,9 @@
 """Switch the engine from one version to another, whole or not at all.
 
-gate closed -> apply -> read back -> probe -> persist -> gate open
-any failure -> apply the previous version -> read back -> probe -> gate open with the previous version
+prepare (-> read back, if the engine can tell by then) -> gate closed -> apply -> read back if not done yet -> probe ->
+persist -> gate open
+a failure with the gate open -> prepare the previous version, which is served all the time
+any other failure -> apply the previous version -> read back -> probe -> gate open with the previous version
 that fails too -> gate closed for good: QUARANTINED
 """
 
@@ -9,16 +11,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from ..common.crashpoint import crash_point
-from ..common.errors import ProbeMismatch, Quarantined, RefitFailed, RefleetError
+from ..common.errors import Quarantined, RefitFailed, RefleetError
 from ..common.store import Store
 from ..common.types import Manifest
 from .engine import Engine
 from .gate import Gate
-from .state import Staged, probe_name
+from .prove import prove_probe, prove_tensors
+from .state import Staged
 
 
 @dataclass(slots=True)
@@ -61,74 +64,84 @@ def switch(
     previous: Staged | None,
     persist: Callable[[], None],
     drain_s: float,
+    on_remnant: Callable[[], None],
 ) -> Switched:
     """Put `staged`, proven by `verify`, into the engine and serve it.
 
     Args: `holds` what the engine is known to hold (None: unknown, everything is written); `previous` the version to go
     back to; `persist` makes the new state durable, called when everything is proven and before requests see it;
-    `drain_s` how long requests in flight may take to end.
+    `drain_s` how long requests in flight may take to end; `on_remnant` called when what was prepared could not be
+    undone: the engine still answers as `previous`, but the next switch has to write everything.
     Raises: RefitFailed, ProbeMismatch, DamagedTensor, StoreFull with the previous version serving as before;
     Quarantined with nothing serving.
     """
     clock = Clock()
     changed = frozenset(entry.spec.name for entry in staged.manifest.changed_from(holds))
-    with gate.switching(timeout_s=drain_s) as hold:
+    back = frozenset() if previous is None else _way_back(previous.manifest, staged.manifest, changed)
+    with ExitStack() as switching:
+        try:
+            with clock.phase("prepare"):
+                proven = engine.prepare(staged, changed)
+            if proven:
+                with clock.phase("read_back"):
+                    prove_tensors(engine, staged, changed)
+            crash_point("worker.prepared")
+            hold = switching.enter_context(gate.switching(timeout_s=drain_s))
+        except Exception as error:
+            raise _undo(engine, gate, previous, back, error, on_remnant) from error
         try:
             with clock.phase("apply"):
                 engine.apply(staged, changed)
             crash_point("worker.applied")
-            probe = _prove(engine, store, staged, changed, clock)
+            if not proven:
+                with clock.phase("read_back"):
+                    prove_tensors(engine, staged, changed)
+            with clock.phase("probe"):
+                probe = prove_probe(engine, store, staged)
             with clock.phase("persist"):
                 persist()
             crash_point("worker.persisted")
         except Exception as error:
-            _restore(engine, gate, store, previous, changed, error)
+            _restore(engine, gate, store, previous, back, error)
             raise _as_apply_error(error) from error
         hold.to(staged.serving)
     clock.timings_ms["pause"] = round(hold.pause_s * 1000, 3)
     return Switched(probe, clock.timings_ms)
 
 
-def first_difference(engine: Engine, manifest: Manifest, names: frozenset[str] | None = None) -> str | None:
-    """The first tensor, by name, that the engine holds with other bytes than `manifest`; None: all are right."""
-    wanted = manifest.by_name
-    order = [name for name in wanted if names is None or name in names]
-    for name, digest in engine.read_back(order):
-        if digest != wanted[name].digest:
-            return name
-    return None
+def _way_back(previous: Manifest, target: Manifest, changed: frozenset[str]) -> frozenset[str]:
+    """What of `previous` has to be written where `changed` of `target` was: that, and what `target` has no more."""
+    return frozenset(name for name in previous.by_name if name in changed or name not in target.by_name)
 
 
-def _prove(engine: Engine, store: Store, staged: Staged, changed: frozenset[str], clock: Clock) -> bytes | None:
-    """Read back what was written and run the probe. Raises: DamagedTensor, RefitFailed, ProbeMismatch."""
-    with clock.phase("read_back"):
-        name = first_difference(engine, staged.manifest, changed)
-    if name is not None:
-        staged.verify([name])  # bit rot between staging and applying is the store's fault, not the engine's
-        raise RefitFailed(f"after the refit the engine holds other bytes in {name!r} than it was given", tensor=name)
-    with clock.phase("probe"):
-        probe = engine.probe()
-        record = probe_name(engine.build, staged.manifest.fingerprint)
-        before = store.record(record) if probe is not None else None
-        if before is not None and before != probe:
-            raise ProbeMismatch(
-                f"the engine answers its probe differently than when {staged.serving.version!r} was first served here"
-            )
-        if probe is not None and before is None:
-            store.put_record(record, probe)
-    return probe
+def _undo(
+    engine: Engine, gate: Gate, previous: Staged | None, back: frozenset[str], error: Exception,
+    on_remnant: Callable[[], None],
+) -> RefleetError:  # fmt: skip
+    """Drop what was prepared; `previous` goes on being served either way. Gives the error to raise."""
+    failed = _as_apply_error(error)
+    if previous is None:
+        gate.close(f"the first version could not be applied: {error}")
+        return failed
+    try:
+        engine.prepare(previous, back)
+    except Exception as second:
+        on_remnant()
+        failed.what += f"; undoing what was prepared failed: {second}"
+    return failed
 
 
 def _restore(
-    engine: Engine, gate: Gate, store: Store, previous: Staged | None, changed: frozenset[str], error: Exception
+    engine: Engine, gate: Gate, store: Store, previous: Staged | None, back: frozenset[str], error: Exception
 ) -> None:
     """Bring the previous version back, bit for bit. Raises: Quarantined when that can't be proven."""
     if previous is None:
         gate.close(f"the first version could not be applied: {error}")
         return
     try:
-        engine.apply(previous, changed)
-        _prove(engine, store, previous, changed, Clock())
+        engine.apply(previous, back)
+        prove_tensors(engine, previous, back)
+        prove_probe(engine, store, previous)
     except Exception as second:
         reason = f"the engine's content is unknown: {error}; restoring {previous.serving.version!r} failed: {second}"
         gate.close(reason)

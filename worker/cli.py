@@ -21,8 +21,10 @@ import click
 from ..common.config import Settings, command_settings, redacted
 from ..common.errors import RefleetError, UsageError
 from ..common.signing import Trust
-from .engine import load_engine
+from .build_cli import build, export
+from .doctor_cli import doctor
 from .http import HttpFront, parse_address
+from .load_engine import APPLY, load_engine
 from .log import Log
 from .state import default_id, owned_state
 from .worker import Worker
@@ -46,11 +48,16 @@ def cli() -> None:
     """Keep an inference engine on the version that its fleet is asked to serve."""
 
 
+for command in (build, export, doctor):
+    cli.add_command(command)
+
+
 @cli.command(epilog=EXAMPLE)
 @click.option("--model", required=True, metavar="NAME", help="Name of the model, as it is published.")
 @click.option(
-    "--engine", required=True, metavar="SPEC", help="torch:package.module:factory, or file:PATH for any other runtime."
-)
+    "--engine", required=True, metavar="SPEC",
+    help="torch:package.module:factory, tensorrt:package.module:factory, bundle:DIR; file:PATH for any other runtime.",
+)  # fmt: skip
 @click.option(
     "--state", required=True, type=FILE, metavar="DIR", help="This worker's own folder: its store and record."
 )
@@ -62,6 +69,11 @@ def cli() -> None:
     "--keep", type=click.IntRange(1), default=4, show_default=True, metavar="N", help="Versions kept for rollbacks."
 )
 @click.option("--on-serving", metavar="CMD", help="Run after each switch of a file engine.")
+@click.option("--apply", type=click.Choice(APPLY), help="TensorRT: the way in which versions go in.  [auto]")
+@click.option("--contexts", type=click.IntRange(1), metavar="N", help="TensorRT: how many requests run at once.  [1]")
+@click.option(
+    "--bundle", type=FILE, metavar="DIR", help="TensorRT: use this bundle if it fits, else compile and write it."
+)
 @click.option(
     "--drain", type=click.FloatRange(0, 86400), default=30.0, show_default=True, metavar="S",
     help="How long a switch, and the end, wait for requests in flight.",
@@ -74,7 +86,8 @@ def cli() -> None:
 @click.pass_obj
 def run(
     found: Settings, model: str, engine: str, state: Path, redis: str | None, worker_id: str | None, http: str | None,
-    trust: Path | None, keep: int, on_serving: str | None, drain: float, heartbeat: float, as_json: bool,
+    trust: Path | None, keep: int, on_serving: str | None, apply: str | None, contexts: int | None,
+    bundle: Path | None, drain: float, heartbeat: float, as_json: bool,
 ) -> int:  # fmt: skip
     """Run one worker until SIGTERM or Ctrl-C.
 
@@ -89,7 +102,9 @@ def run(
         trusted = Trust.load(trusted_path) if trusted_path else None
         with owned_state(state, worker=log.worker, model=model):
             pass
-        made = load_engine(engine, on_serving=on_serving)
+        made = load_engine(
+            engine, on_serving=on_serving, apply=apply, contexts=contexts, bundle=bundle, on_step=log.step
+        )
         closing.callback(made.close)
         worker = Worker(
             redis or found.redis, model=model, engine=made, state_dir=state, worker_id=log.worker, trust=trusted,

@@ -1,26 +1,14 @@
-"""What the worker needs of an inference engine, and how `--engine` names one.
-
-torch:package.module:factory   a torch module in this process, made by calling `factory()`
-file:PATH                      a safetensors file that another process reads
-"""
+"""What the worker needs of an inference engine. `load_engine` makes the one that `--engine` names."""
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from functools import reduce
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Container, Iterable, Iterator, Mapping
+from typing import Protocol
 
-from ..common.errors import NotRefittable, RefleetError, UsageError
+from ..common.errors import NotRefittable
 from ..common.messages import Serving
 from ..common.types import Manifest, TensorSpec
 
-if TYPE_CHECKING:
-    from .torch_engine import Made
-
-EXAMPLES = "for example torch:mypackage.serving:make_model or file:/srv/models/current.safetensors"
 NEXT_SPECS = (
     "publish a version with the names, dtypes and shapes that the engine has, or start the worker with its engine"
 )
@@ -35,28 +23,56 @@ class StagedVersion(Protocol):
     @property
     def manifest(self) -> Manifest: ...
 
+    @property
+    def restructure(self) -> bool:
+        """Whether names, dtypes or shapes may be others than the engine has; then every name counts as changed."""
+        ...
+
     def read(self, name: str) -> memoryview:
         """The bytes of one tensor in C order, little-endian; valid while the version is staged."""
         ...
 
 
 class Engine(Protocol):
-    """Holds the weights that answer requests. Called by one thread at a time, and never while a request is running."""
+    """Holds the weights that answer requests.
+
+    Called by one thread at a time. No request is running during `apply` and `probe`, nor during the `read_back` between
+    them; all other calls come while requests are being answered, and must not change an answer.
+    """
 
     @property
     def build(self) -> str:
         """Identifies this build of this engine. Equal build and equal weights must answer bit-identically."""
         ...
 
-    def check(self, manifest: Manifest) -> None:
-        """Raise NotRefittable, naming the tensor and both sides, if the engine can't hold this version. No effect."""
+    @property
+    def applied(self) -> str:
+        """How the last `apply` was done, and why that way, for the ack; "" where there is only one way."""
+        ...
+
+    def check(self, manifest: Manifest, *, restructure: bool = False) -> None:
+        """Raise NotRefittable, naming the tensor and both sides, if the engine can't hold this version. No effect.
+
+        With `restructure` the version may have other names, dtypes or shapes, if this engine can be rebuilt for them.
+        """
+        ...
+
+    def prepare(self, staged: StagedVersion, changed: frozenset[str]) -> bool:
+        """The first half of an apply, while requests are still answered: whatever changes none of the answers.
+
+        Returns True if from now on `read_back` reports what `apply` is going to put in, so that it can be proven before
+        requests have to wait. Calls come as `prepare` and `apply` with the same arguments; as `prepare` alone, undone
+        by a `prepare` of the previous version where there is one (when that fails, the next one comes with every name);
+        or as `apply` alone, which restores: nothing that was prepared before may outlast it.
+        Raises: what `apply` raises.
+        """
         ...
 
     def apply(self, staged: StagedVersion, changed: frozenset[str]) -> None:
         """Put the `changed` tensors in; the engine holds the others already.
 
         Raises: RefitFailed or an error of `staged.read`. The engine may then be half-changed: the caller applies the
-        previous version with every name in `changed`, which restores it bit for bit.
+        previous version with every name in `changed` and every name that `staged` lacks, which restores it bit for bit.
         """
         ...
 
@@ -64,6 +80,13 @@ class Engine(Protocol):
         """(name, BLAKE3 digest) of what the engine really holds now, never of what it was given.
 
         Raises: DigestMismatch naming a tensor that it does not hold at all.
+        """
+        ...
+
+    def content_digest(self) -> bytes | None:
+        """BLAKE3 digest of everything that the engine holds, in its own serialized form; None without such a form.
+
+        Equal build and equal weights must give equal digests. Slow: only asked for by `refleet verify --deep`.
         """
         ...
 
@@ -114,90 +137,3 @@ def check_specs(manifest: Manifest, held: Mapping[str, TensorSpec], *, holder: s
             raise NotRefittable(
                 f"the version's tensor {name!r} has {' and '.join(parts)}", next=NEXT_SPECS, tensor=name
             )
-
-
-def load_engine(spec: str, *, on_serving: str | None = None) -> Engine:
-    """The engine that `spec` names (see the top of this module). The current directory is importable.
-
-    Args: `on_serving` command line that a file engine runs after each switch.
-    Raises: UsageError saying what is wrong with `spec`; NotRefittable if the module has tensors that can't be refitted.
-    """
-    kind, colon, rest = spec.partition(":")
-    if kind == "file" and rest:
-        from .file_engine import FileEngine
-
-        return FileEngine(rest, on_serving=on_serving)
-    if kind == "torch" and rest:
-        if on_serving is not None:
-            raise UsageError(
-                "a command after each switch is for file engines: a torch module serves from this very process",
-                about=f"engine {spec!r}",
-                next="leave --on-serving out",
-            )
-        factory = _factory(rest, spec)
-        from .torch_engine import TorchEngine
-
-        try:
-            made = factory()
-        except RefleetError:
-            raise
-        except Exception as error:  # the factory is the user's code
-            raise UsageError(
-                f"the factory raised {type(error).__name__}: {error}",
-                about=f"engine {spec!r}",
-                next="a factory takes no arguments and returns a module, or a module and its probe inputs",
-            ) from error
-        return TorchEngine(lambda: made)
-    if kind in ("file", "torch"):
-        raise UsageError(
-            f"nothing follows {kind + colon!r} in the engine spec", about=f"engine {spec!r}", next=EXAMPLES
-        )
-    raise UsageError("an engine spec starts with torch: or file:", about=f"engine {spec!r}", next=EXAMPLES)
-
-
-def _factory(rest: str, spec: str) -> Callable[[], Made]:
-    """The callable that `package.module:name` means."""
-    module_name, _, factory_name = rest.partition(":")
-    if not all(part.isidentifier() for part in [*module_name.split("."), *factory_name.split(".")]):
-        raise UsageError("a torch engine is torch:package.module:factory", about=f"engine {spec!r}", next=EXAMPLES)
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)  # as `python -m` does: a user's own module is found where they stand
-    importlib.invalidate_caches()
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        # Only the module asked for, or a package above it: a missing import inside it is another mistake.
-        if error.name is not None and (module_name + ".").startswith(error.name + "."):
-            raise UsageError(
-                f"there is no module {error.name!r} in {here} or on the import path",
-                about=f"engine {spec!r}",
-                next=EXAMPLES,
-            ) from error
-        raise _unimportable(module_name, spec, error) from error
-    except Exception as error:  # whatever the user's module does when imported
-        raise _unimportable(module_name, spec, error) from error
-    try:
-        factory = reduce(getattr, factory_name.split("."), module)
-    except AttributeError:
-        own = (name for name, value in vars(module).items() if getattr(value, "__module__", None) == module_name)
-        names = [name for name in own if callable(getattr(module, name)) and not name.startswith("_")]
-        has = f"it has {named_few(names)}" if names else "it defines no callables"
-        raise UsageError(
-            f"module {module_name!r} has no {factory_name!r}; {has}", about=f"engine {spec!r}", next=EXAMPLES
-        ) from None
-    if not callable(factory):
-        raise UsageError(
-            f"{factory_name!r} in {module_name!r} is a {type(factory).__name__}, not a callable that makes a module",
-            about=f"engine {spec!r}",
-            next=EXAMPLES,
-        )
-    return factory  # what it returns is checked by TorchEngine
-
-
-def _unimportable(module_name: str, spec: str, error: Exception) -> UsageError:
-    return UsageError(
-        f"importing {module_name!r} failed: {type(error).__name__}: {error}",
-        about=f"engine {spec!r}",
-        next=f"python -c 'import {module_name}' shows where",
-    )

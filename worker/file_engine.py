@@ -39,6 +39,7 @@ class FileEngine:
     """
 
     build = "file safetensors"
+    applied = ""  # there is only one way
 
     def __init__(self, path: Path | str, *, on_serving: str | None = None, command_timeout_s: float = 30.0) -> None:
         given = Path(path).expanduser().absolute()
@@ -70,16 +71,21 @@ class FileEngine:
                 next=f"move it away: mv {self.path} {self.path}.old",
             ) from error
 
-    def check(self, manifest: Manifest) -> None:
-        """Any first version is accepted, later ones only with the names, dtypes and shapes of the file."""
+    def check(self, manifest: Manifest, *, restructure: bool = False) -> None:
+        """Any first version is accepted, later ones only with the names, dtypes and shapes of the file, unless
+        `restructure`: the file is written anew as a whole."""
         # A file that was damaged while we run: then the last known specs decide, and apply heals it.
         with suppress(OSError, ValueError):
             self._specs = self._held_specs()
-        if self._specs is not None:
+        if self._specs is not None and not restructure:
             check_specs(manifest, self._specs, holder=f"the file {self.path}")
         size = METADATA_BYTES + len(_header(manifest, {})[0])
         if size > LIMITS.header_bytes:
             raise NotRefittable(f"the file's header would have {size} bytes, the limit is {LIMITS.header_bytes}")
+
+    def prepare(self, staged: StagedVersion, changed: frozenset[str]) -> bool:  # noqa: ARG002
+        """Nothing to do: readers keep the old file while the new one is written."""
+        return False
 
     def apply(self, staged: StagedVersion, changed: frozenset[str]) -> None:  # noqa: ARG002
         """Write the whole version beside PATH, one tensor at a time, and rename it over PATH.
@@ -87,7 +93,7 @@ class FileEngine:
         Raises: RefitFailed, DigestMismatch, or an error of `staged.read`; PATH then holds what it held before, unless
         the very last step, fsync of the folder, failed.
         """
-        self.check(staged.manifest)
+        self.check(staged.manifest, restructure=staged.restructure)
         temp = self.path.with_name(f"{self._temp_prefix}{os.getpid()}{TEMP_SUFFIX}")
         try:
             try:
@@ -105,7 +111,7 @@ class FileEngine:
                 about=f"version {staged.serving.version}",
                 next=f"df -h {self.path.parent}",
             ) from error
-        self._specs = {entry.spec.name: entry.spec for entry in staged.manifest.tensors}
+        self._specs = staged.manifest.specs
 
     def _write(self, temp: Path, staged: StagedVersion) -> None:
         serving = staged.serving
@@ -147,6 +153,10 @@ class FileEngine:
 
     def probe(self) -> bytes | None:
         """None: whoever reads the file runs the model."""
+        return None
+
+    def content_digest(self) -> bytes | None:
+        """None: the file also names the release, so two files of one version differ."""
         return None
 
     def served(self, serving: Serving) -> str | None:

@@ -23,6 +23,7 @@ class News:
     """What one read of the stream brought."""
 
     accepted: Release | None = None  # the newest, if any
+    restructure: bool = False  # whether it or one that it overtook may have other names, dtypes or shapes
     repeated: bool = False  # the accepted release came again, or the server did: acknowledge it again
     asks: list[VerifyRequest] = field(default_factory=list)
     refused: list[Failure] = field(default_factory=list)
@@ -95,6 +96,7 @@ class Follower:
                 news.repeated = True
             else:
                 self.accepted = news.accepted = release
+                news.restructure |= release.restructure
         for control_id, data in entries.control:
             self._control = control_id
             try:

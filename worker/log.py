@@ -19,8 +19,8 @@ from .board import Event
 class Log:
     """Lines of one worker. A reader that went away (`refleet-worker run | head`) never ends the worker.
 
-    JSON keys of every line: event (started, changed, stopping, ended, failed), time, worker, model, state, serving,
-    text. `changed` has failure, `started` has http, `failed` has error.
+    JSON keys of every line: event (step, started, changed, stopping, ended, failed), time, worker, model, state,
+    serving, text. `changed` has failure, `started` has http, `failed` has error.
     """
 
     def __init__(self, *, worker: str, model: str, as_json: bool):
@@ -33,6 +33,10 @@ class Log:
     def started(self, engine: str, state_dir: Path, redis: str, http: str | None) -> None:
         text = f"model {self.model}, engine {engine}, state {state_dir}, server {redis}"
         self._line("started", text + (f", http {http}" if http else ""), http=http)
+
+    def step(self, text: str) -> None:
+        """A part of making or replacing an engine, which may take minutes, begins."""
+        self._line("step", text)
 
     def event(self, event: Event) -> None:
         self._state = event.state

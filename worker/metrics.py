@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .worker import Worker
 
 #: phases of a switch as acks name them; `pause` is how long requests had to wait
-PHASES = ("stage", "verify", "apply", "read_back", "probe", "persist", "pause")
+PHASES = ("stage", "verify", "prepare", "apply", "read_back", "probe", "persist", "pause")
 #: a pause of a small module takes a millisecond, staging of a large model an hour
 _BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
 

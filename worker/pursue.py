@@ -10,29 +10,22 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 
 from ..common.crashpoint import crash_point
-from ..common.errors import (
-    DamagedTensor,
-    DigestMismatch,
-    NotServing,
-    Quarantined,
-    RefitFailed,
-    RefleetError,
-    StoreFull,
-    StreamError,
-    StreamGap,
-)
+from ..common.errors import DamagedTensor, Quarantined, RefitFailed, RefleetError, StoreFull, StreamError, StreamGap
+from ..common.limits import LIMITS
 from ..common.messages import Ack, Evidence, Failure, Release, Serving, Verified, VerifyRequest, Want
 from ..common.store import Store
 from ..common.stream import Stream
 from ..common.types import Manifest, PayloadRef
 from .acks import Acks
-from .apply import Clock, first_difference, switch, verify
+from .apply import Clock, switch, verify
 from .board import APPLYING, FAILED, QUARANTINED, RECEIVING, SERVING, WAITING, Board, failure_of
 from .engine import Engine
 from .follow import Follower
 from .gate import Gate
+from .prove import answer
 from .receive import BAD_PAYLOAD, Holdings, choose
 from .stage import stage
 from .state import Goal, Staged, WorkerState, save
@@ -52,6 +45,7 @@ class Pursuit:
         self._stream, self._store, self._engine, self._gate, self._board = stream, store, engine, gate, board
         self._state, self._follower, self._keep, self._drain_s = state, follower, keep, drain_s
         self._holds: Manifest | None = None  # what the engine is known to hold
+        self._remnant = False  # what was prepared for another version may still be in it
         self._failed: dict[tuple[int, int], Failure] = {}  # what is not tried again until there is a new release
         self._refused: list[str] = []  # payloads that proved unusable for the goal
         self._bad_payloads = 0
@@ -71,18 +65,22 @@ class Pursuit:
         if serving is None:
             return
         try:
-            staged, clock = Staged(self._store, serving, self._store.manifest(serving.fingerprint)), Clock()
+            goal, clock = Goal(serving, None, restructure=True), Clock()  # as it was accepted before
+            staged = Staged(self._store, serving, self._store.manifest(serving.fingerprint), goal.restructure)
             verify(staged, holds=None, clock=clock)
-            self._switch(Goal(serving, None), staged, 0, clock)
+            self._switch(goal, staged, 0, clock)
         except DamagedTensor as error:
             self._forget(error)
         except RefleetError as error:
             # the next steps ask for the bytes, or fail the release by name
             self._board.show(WAITING, f"{serving.version} could not be resumed", failure=failure_of(error))
 
-    def accept(self, release: Release) -> None:
-        """Remember, durably, that nothing at or below `release` may be accepted again; make it the goal."""
-        self._state = replace(self._state, release=release)
+    def accept(self, release: Release, *, restructure: bool) -> None:
+        """Remember, durably, that nothing at or below `release` may be accepted again; make it the goal.
+
+        `restructure`: it, or a release that it overtook, may have other names, dtypes or shapes.
+        """
+        self._state = replace(self._state, release=release, restructure=restructure or self._state.restructure)
         self._refused, self._bad_payloads, self._want, self._retry_s, self._failed = [], 0, None, 0.0, {}
         save(self._store, self._state)
         self._board.show(self._board.state, epoch=release.epoch)
@@ -117,28 +115,16 @@ class Pursuit:
 
     def verify(self, ask: VerifyRequest) -> None:
         """Read back and hash everything the engine holds; put it right if it is wrong."""
-        serving, holds = self._gate.current, self._holds
-        if serving is None or holds is None:
-            self._ack(self._state.serving, Evidence.NONE, verified=Verified(ask.nonce, False, 0, None),
-                      error=NotServing(self._gate.reason or "nothing is served"))  # fmt: skip
-            return
-        error: RefleetError
-        try:
-            bad = first_difference(self._engine, holds)
-            if bad is None:
-                self._ack(serving, Evidence.SERVING, verified=Verified(ask.nonce, True, len(holds.tensors), None))
-                return
-            what = f"the engine holds other bytes in {bad!r} than version {serving.version!r}"
-            error = DigestMismatch(what, tensor=bad)
-        except RefleetError as raised:
-            error = raised
-        except Exception as raised:  # the engine is the user's code
-            error = RefitFailed(f"the engine could not be read back: {type(raised).__name__}: {raised}")
-        verified = Verified(ask.nonce, False, len(holds.tensors), error.tensor)
-        self._gate.close(str(error))
-        self._holds = None
-        self._board.show(QUARANTINED, error.what, failure=failure_of(error), nothing_served=True)
-        self._ack(serving, Evidence.NONE, verified=verified, error=error)
+        serving = self._gate.current
+        verified, error = answer(
+            self._engine, self._store, ask, serving, self._holds, reason=self._gate.reason, warn=self._board.warn
+        )
+        if error is not None and serving is not None:
+            self._gate.close(str(error))
+            self._holds = None
+            self._board.show(QUARANTINED, error.what, failure=failure_of(error), nothing_served=True)
+        evidence = Evidence.SERVING if error is None else Evidence.NONE
+        self._ack(serving or self._state.serving, evidence, verified=verified, error=error)
 
     # ------------------------------------------------------------------ steps
 
@@ -146,9 +132,9 @@ class Pursuit:
         """The release to reach, or what was served before if that one failed and nothing is served; None: all done."""
         release, current = self._state.release, self._gate.current
         if release and release.order not in self._failed:
-            return None if current and current.order == release.order else Goal.of(release)
+            return None if current and current.order == release.order else Goal.of(self._state, release)
         if current is None and self._state.serving and self._state.serving.order not in self._failed:
-            return Goal(self._state.serving, None)
+            return Goal(self._state.serving, None, restructure=True)  # as it was accepted before
         return None
 
     def _advance(self, goal: Goal) -> None:
@@ -156,7 +142,7 @@ class Pursuit:
         staged, received = self._stage(goal, clock)
         if staged is None:
             return
-        verify(staged, holds=self._holds, clock=clock)
+        verify(staged, holds=self._base(goal), clock=clock)
         self._ack(goal.serving, Evidence.STAGED, received=received, timings=clock.timings_ms)
         crash_point("worker.staged")
         self._switch(goal, staged, received, clock)
@@ -167,8 +153,8 @@ class Pursuit:
         holdings = self._holdings()
         if holdings.complete(self._store, target):
             manifest = self._store.manifest(target)
-            self._engine.check(manifest)
-            return Staged(self._store, goal.serving, manifest), 0
+            self._engine.check(manifest, restructure=goal.restructure)
+            return Staged(self._store, goal.serving, manifest, goal.restructure), 0
         announced = [goal.payload] if goal.payload else []
         ref = choose(announced + self._follower.offers(target), holdings, refused=self._refused)
         if ref is None:
@@ -182,7 +168,8 @@ class Pursuit:
         try:
             with clock.phase("stage"):
                 manifest = stage(
-                    self._stream, self._store, ref, check=self._engine.check, on_progress=self._board.progress,
+                    self._stream, self._store, ref,
+                    check=partial(self._engine.check, restructure=goal.restructure), on_progress=self._board.progress,
                     on_received=lambda: self._ack(goal.serving, Evidence.RECEIVED),
                 )  # fmt: skip
         except StreamGap:  # it is gone
@@ -195,7 +182,7 @@ class Pursuit:
             self._refuse(goal, ref, error)
             return None, 0
         self._show_holdings()
-        return Staged(self._store, goal.serving, manifest), self._board.status.received_bytes
+        return Staged(self._store, goal.serving, manifest, goal.restructure), self._board.status.received_bytes
 
     def _refuse(self, goal: Goal, ref: PayloadRef, error: RefleetError) -> None:
         """A payload that proved bad: another one will do. After some of them the release counts as failed for now."""
@@ -218,25 +205,23 @@ class Pursuit:
 
     def _switch(self, goal: Goal, staged: Staged, received: int, clock: Clock) -> None:
         self._board.show(APPLYING, f"applying {goal.serving.version}", target=goal.serving, evidence=Evidence.STAGED)
-        recent = (*(f for f in self._state.recent if f != goal.serving.fingerprint), goal.serving.fingerprint)
-        state = replace(self._state, serving=goal.serving, recent=recent[-self._keep :])
-        current = self._gate.current
-        previous = Staged(self._store, current, self._holds) if current and self._holds else None
+        state, current = self._state.after(goal.serving, keep=self._keep), self._gate.current
+        previous = Staged(self._store, current, self._holds, goal.restructure) if current and self._holds else None
         try:
             done = switch(
-                self._engine, self._gate, self._store, staged, holds=self._holds, previous=previous,
-                persist=lambda: save(self._store, state), drain_s=self._drain_s,
+                self._engine, self._gate, self._store, staged, holds=self._base(goal), previous=previous,
+                persist=lambda: save(self._store, state), drain_s=self._drain_s, on_remnant=self._keep_remnant,
             )  # fmt: skip
         except Exception:
             if self._gate.current is None:
                 self._holds = None
             raise
-        self._holds, self._state = staged.manifest, state
+        self._holds, self._state, self._remnant = staged.manifest, state, False
         self._refused, self._bad_payloads, self._want = [], 0, None
         crash_point("worker.switched")
         self._collect()
         failure = self._failed.get(state.release.order) if state.release else None
-        wanted = Goal.of(state.release).serving if state.release and failure else goal.serving
+        wanted = Goal.of(state, state.release).serving if state.release and failure else goal.serving
         self._board.show(
             FAILED if failure else SERVING, f"serving {goal.serving.version}", target=wanted, serving=goal.serving,
             evidence=Evidence.NONE if failure else Evidence.SERVING, failure=failure, have=self._holdings().have,
@@ -245,6 +230,13 @@ class Pursuit:
         self._ack(goal.serving, Evidence.SERVING, received=received, timings=timings, probe=done.probe)
         if warning := self._engine.served(goal.serving):
             self._board.warn(warning)
+
+    def _base(self, goal: Goal) -> Manifest | None:
+        """What the engine holds and need not be given again for `goal`; None: everything is written and read back."""
+        return None if goal.restructure or self._remnant else self._holds
+
+    def _keep_remnant(self) -> None:
+        self._remnant = True
 
     # ------------------------------------------------------------------ when it goes wrong
 
@@ -287,6 +279,7 @@ class Pursuit:
         verified: Verified | None = None,
     ) -> None:  # fmt: skip
         current, status = self._gate.current, self._board.status
+        how = self._engine.applied.encode(errors="backslashreplace")[: LIMITS.message_bytes]  # the engine's own words
         self._acks.send(
             Ack(
                 worker=status.worker, model=status.model,
@@ -296,5 +289,6 @@ class Pursuit:
                 serving=current.version if current else None, engine_build=self._engine.build,
                 payload_bytes=received, timings_ms=timings or {}, probe=probe,
                 failure=failure_of(error) if error else None, verified=verified,
+                applied=how.decode(errors="ignore") if error or evidence >= Evidence.REFITTED else "",
             )
         )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..common import wire
@@ -28,13 +28,20 @@ class WorkerState:
     release: Release | None  # the highest accepted: nothing at or below it is accepted again
     serving: Serving | None
     recent: tuple[bytes, ...]  # fingerprints served, each once
+    restructure: bool  # a release accepted since the target was served last may have another structure
+
+    def after(self, serving: Serving, *, keep: int) -> WorkerState:
+        """The record once `serving` is served; `keep` versions stay in `recent`."""
+        recent = (*(f for f in self.recent if f != serving.fingerprint), serving.fingerprint)
+        reached = self.release is not None and self.release.order == serving.order
+        return replace(self, serving=serving, recent=recent[-keep:], restructure=self.restructure and not reached)
 
 
 def load(store: Store, *, worker: str, model: str, folder: Path) -> WorkerState:
     """The record on disk, or a fresh one. Raises: UsageError when the folder belongs to another worker or model."""
     data = store.record(STATE)
     if data is None:
-        return WorkerState(worker, model, None, None, ())
+        return WorkerState(worker, model, None, None, (), False)
     state = wire.unpack(data, WorkerState)
     if (state.worker, state.model) != (worker, model):
         raise UsageError(
@@ -79,17 +86,27 @@ def probe_name(build: str, fingerprint: bytes) -> str:
     return f"probe-{digest_of(build.encode())[:8].hex()}-{fingerprint.hex()}"
 
 
+def content_name(build: str, fingerprint: bytes) -> str:
+    """Name of the record that holds what this engine build held as a whole at this version, seen first."""
+    return f"content-{digest_of(build.encode())[:8].hex()}-{fingerprint.hex()}"
+
+
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What to serve next, and the payload that was announced with it."""
+    """What to serve next, and the payload that was announced with it.
+
+    `restructure`: names, dtypes or shapes may be others than the engine has.
+    """
 
     serving: Serving
     payload: PayloadRef | None
+    restructure: bool
 
     @classmethod
-    def of(cls, release: Release) -> Goal:
+    def of(cls, state: WorkerState, release: Release) -> Goal:
+        """The accepted `release`. If it was served here before, its structure was accepted then, and is again."""
         version = Serving(release.version, release.epoch, release.seq, release.fingerprint)
-        return cls(version, release.payload)
+        return cls(version, release.payload, state.restructure or version == state.serving)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +116,7 @@ class Staged:
     store: Store
     serving: Serving
     manifest: Manifest
+    restructure: bool
 
     def read(self, name: str) -> memoryview:
         """Bytes of one tensor; DamagedTensor when the store lost them."""

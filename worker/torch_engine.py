@@ -17,13 +17,16 @@ from ..common.digest import digest_blocks, digest_of
 from ..common.errors import DigestMismatch, NotRefittable, ProbeMismatch, RefitFailed, RefleetError, UsageError
 from ..common.messages import Serving
 from ..common.tensors import tensor_blocks, tensor_from
-from ..common.types import Manifest
+from ..common.types import Manifest, TensorSpec
 from .engine import NEXT_SPECS, StagedVersion, check_specs
 from .probe import ProbeInputs, run_probe
 from .torch_state import LiveState, bits, live_state, put, unwrapped
 
 #: what a factory returns: a module, or a module and its probe inputs
 Made: TypeAlias = nn.Module | tuple[nn.Module, object]
+NEXT_RESTRUCTURE = "restart the worker with a factory that makes the new module, or roll back"
+#: puts a tensor of a staged version into a live one of the same dtype and shape; it may return before that is done
+Write: TypeAlias = Callable[[StagedVersion, TensorSpec, torch.Tensor], None]
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
@@ -31,11 +34,19 @@ class TorchEngine:
     """Updates parameters and persistent buffers in place: whoever holds the module serves the new weights.
 
     Args: a module, or a callable that returns one or (module, probe inputs); `probe_inputs`: a tuple of arguments or
-    (arguments, keyword arguments), taken before a factory's own.
+    (arguments, keyword arguments), taken before a factory's own. `write` puts one staged tensor into a live one.
     Raises: NotRefittable for a module with state that a version can't carry, UsageError for anything but a module.
     """
 
-    def __init__(self, module_or_factory: nn.Module | Callable[[], Made], *, probe_inputs: object = None) -> None:
+    applied = ""  # there is only one way
+
+    def __init__(
+        self,
+        module_or_factory: nn.Module | Callable[[], Made],
+        *,
+        probe_inputs: object = None,
+        write: Write | None = None,
+    ) -> None:
         made = module_or_factory if isinstance(module_or_factory, nn.Module) else module_or_factory()
         if isinstance(made, tuple) and len(made) == 2:
             made, own_inputs = made
@@ -45,6 +56,7 @@ class TorchEngine:
                 f"the factory returned a {type(made).__name__}, not a torch.nn.Module or (module, probe inputs)"
             )
         self.module: nn.Module = made
+        self._write = write or _write
         self._inputs = None if probe_inputs is None else ProbeInputs.of(probe_inputs)
         self._state = live_state(made)
         self._holder = f"the module {type(unwrapped(made)).__name__}"
@@ -63,14 +75,26 @@ class TorchEngine:
         name = f"{kind.__module__}.{kind.__qualname__}"
         return f"torch {torch.__version__}, {devices}, {torch.get_num_threads()} threads, {name} {rest}"
 
-    def check(self, manifest: Manifest) -> None:
-        """Names, dtypes and shapes must be the module's; of tied tensors one name is enough, several must agree."""
-        self._check(self._live(), manifest)
+    def check(self, manifest: Manifest, *, restructure: bool = False) -> None:
+        """Names, dtypes and shapes must be the module's; of tied tensors one name is enough, several must agree.
+
+        Also with `restructure`: only a factory can make another module.
+        """
+        try:
+            self._check(self._live(), manifest)
+        except NotRefittable as error:
+            if restructure:
+                error.next = NEXT_RESTRUCTURE
+            raise
+
+    def prepare(self, staged: StagedVersion, changed: frozenset[str]) -> bool:  # noqa: ARG002
+        """Nothing to do: the module computes with the only copy of its weights."""
+        return False
 
     def apply(self, staged: StagedVersion, changed: frozenset[str]) -> None:
-        manifest, state = staged.manifest, self._live()
-        self._check(state, manifest)  # a wrong shape would be broadcast, not refused, by the copy below
-        name = ""
+        # a wrong shape would be broadcast, not refused, by the copy below
+        self.check(staged.manifest, restructure=staged.restructure)
+        manifest, state, name = staged.manifest, self._state, ""
         try:
             self._synchronize(state)  # a request that returned may have left kernels running
             done: set[str] = set()
@@ -78,7 +102,7 @@ class TorchEngine:
                 if name in done:
                     continue
                 done.update(state.ties.get(name, (name,)))
-                put(state.tensors[name], tensor_from(staged.read(name), manifest.by_name[name].spec))
+                self._write(staged, manifest.by_name[name].spec, state.tensors[name])
             self._synchronize(state)  # an error of a copy shows here
         except RefleetError:
             raise
@@ -117,6 +141,10 @@ class TorchEngine:
                 if not torch.equal(bits(after.tensors[name]), bits(kept)):
                     put(after.tensors[name], kept)
 
+    def content_digest(self) -> bytes | None:
+        """None: a module is its tensors, which are read back one by one."""
+        return None
+
     def served(self, serving: Serving) -> str | None:  # noqa: ARG002
         """Nothing to do: requests see the module itself."""
         return None
@@ -145,6 +173,10 @@ class TorchEngine:
     def _synchronize(self, state: LiveState) -> None:
         for device in state.cuda:
             torch.cuda.synchronize(device)
+
+
+def _write(staged: StagedVersion, spec: TensorSpec, live: torch.Tensor) -> None:
+    put(live, tensor_from(staged.read(spec.name), spec))
 
 
 def _structure_digest(module: nn.Module, state: LiveState, inputs: ProbeInputs | None) -> bytes:

@@ -232,7 +232,7 @@ class Worker:
             self.board.contact()
             self.board.refuse(news.refused)
             if news.accepted:
-                self._pursuit.accept(news.accepted)
+                self._pursuit.accept(news.accepted, restructure=news.restructure)
                 crash_point("worker.accepted")
             elif news.repeated:
                 self._pursuit.acknowledge_again()
