@@ -1,4 +1,4 @@
-# `make demo` and `make test` are all that a new user needs; `make check` is what CI runs.
+# `make demo` and `make test` are all that a new user needs; CI runs `make check` and `make test-plan`.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin

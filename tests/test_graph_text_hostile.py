@@ -94,6 +94,7 @@ MALFORMED = [
     given_as("extra"), given_as("extra", ["node", "x"]), given_as("extra", 1, 2), given_as("x", 1), *(given_as(name, 1)
      for name in ["self", "torch", "device", "inf", "slice_1", "math_floor", "_operator_xor_2", "weight"]),
     at(2, put=[["get_attr", "input", "w"], ["placeholder", "input_1", "input_1"], ["output", "output", 1]]),
+    at(2, put=[["placeholder", "a", "t"], ["placeholder", "b", "t"], ["output", "output", 1]]),
     calling("operator.add", 1), calling("operator.neg", 1, 2), calling("operator.neg", 1, a=1),
     calling("operator.getitem", None, 0), calling("operator.pow", -2, ["node", "x"]),
     *map(calling, NOT_CALLED), *map(taking, NOT_VALUES),

@@ -48,7 +48,7 @@ def test_a_module_in_the_current_folder_is_found(home: Path) -> None:
 
 def test_the_current_folder_comes_first_as_for_python_dash_m(tmp_path: Path) -> None:
     (tmp_path / "statistics.py").write_text(MODULE)  # beside one of the standard library
-    code = "from refleet.worker.load_engine import load_engine; print(load_engine('torch:statistics:Models.tiny').build)"
+    code = "from refleet.worker.load_engine import load_engine as load; load('torch:statistics:Models.tiny')"
     subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
 
 

@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 
 from ..common.crashpoint import crash_point
-from ..common.errors import Quarantined, RefitFailed, RefleetError
+from ..common.errors import Quarantined, RefitFailed, RefleetError, StoreError
 from ..common.store import Store
 from ..common.types import Manifest
 from .engine import Engine
 from .gate import Gate
-from .prove import prove_probe, prove_tensors
+from .prove import prove_probe, prove_tensors, remember_probe
 from .state import Staged
 
 
@@ -106,6 +106,8 @@ def switch(
             raise _as_apply_error(error) from error
         hold.to(staged.serving)
     clock.timings_ms["pause"] = round(hold.pause_s * 1000, 3)
+    with suppress(StoreError):  # requests need not wait for it, and without it the next time is the first again
+        remember_probe(engine, store, staged, probe)
     return Switched(probe, clock.timings_ms)
 
 

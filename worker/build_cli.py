@@ -21,14 +21,12 @@ FILE = click.Path(path_type=Path)
 PROGRAMS = (".ep", ".pt2")
 BUILD_EXAMPLE = """\b
 Example:
-  refleet-worker build --engine tensorrt:mypackage.serving:make_recipe \\
-    --out ./policy.bundle
-  refleet-worker run --model policy --engine bundle:./policy.bundle --state ./w0
+  refleet-worker build --engine tensorrt:serving:make_recipe --out ./bundle
+  refleet-worker run --model policy --engine bundle:./bundle --state ./w0
 """
 EXPORT_EXAMPLE = """\b
 Example:
-  refleet-worker export --engine bundle:./policy.bundle --state ./w0 \\
-    --out ./policy-step-100
+  refleet-worker export --engine bundle:./bundle --state ./w0 --out ./step-100
 """
 _PHASES = {
     "compile": ("exporting", "building"),

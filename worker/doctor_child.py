@@ -87,7 +87,7 @@ def engine_facts(spec: str) -> Result:
     if kind == "file" and rest:
         return _file(Path(rest).expanduser().absolute())
     started = time.perf_counter()
-    engine = load_engine(spec)
+    engine = load_engine(spec, on_step=_say)
     try:
         return {
             "build": engine.build, "path": str(getattr(engine, "plan_summary", "")),

@@ -72,12 +72,11 @@ def refitted(
     with LOCK:
         from torch_tensorrt.dynamo import refit_module_weights
 
-        module = as_compiled(lowering, engines)
         arguments: dict[str, Any] = {"in_place": True}
         if "use_weight_map_cache" in inspect.signature(refit_module_weights).parameters:
             arguments["use_weight_map_cache"] = False  # the map takes equal tensors for one another
         try:
-            result = refit_module_weights(module, exported(recipe), **arguments)
+            result = refit_module_weights(as_compiled(lowering, engines), exported(recipe), **arguments)
         except Exception as error:  # it raises AssertionError, RuntimeError, KeyError
             raise RefitFailed(
                 f"torch_tensorrt.dynamo.refit_module_weights failed: {type(error).__name__}: {error}"

@@ -38,19 +38,21 @@ def prove_tensors(engine: Engine, staged: Staged, changed: frozenset[str]) -> No
 
 
 def prove_probe(engine: Engine, store: Store, staged: Staged) -> bytes | None:
-    """The outputs on the engine's own inputs; None without such. Raises: ProbeMismatch, StoreFull."""
+    """The outputs on the engine's own inputs; None without such. Raises: ProbeMismatch."""
     probe = engine.probe()
-    if probe is None:
-        return None
-    record = probe_name(engine.build, staged.manifest.fingerprint)
-    before = store.record(record)
+    before = None if probe is None else store.record(probe_name(engine.build, staged.manifest.fingerprint))
     if before is not None and before != probe:
         raise ProbeMismatch(
             f"the engine answers its probe differently than when {staged.serving.version!r} was first served here"
         )
-    if before is None:
-        store.put_record(record, probe)
     return probe
+
+
+def remember_probe(engine: Engine, store: Store, staged: Staged, probe: bytes | None) -> None:
+    """What `prove_probe` compares with from now on, if there was nothing before. Raises: StoreFull."""
+    record = probe_name(engine.build, staged.manifest.fingerprint)
+    if probe is not None and store.record(record) is None:
+        store.put_record(record, probe)
 
 
 def answer(

@@ -89,7 +89,9 @@ class TensorRTEngine:
         self._replaced: Model | None = None  # until the version is served, so that going back is to take it again
         self._pending: frozenset[str] = frozenset()  # tensors that were written and are not in the engine yet
         self._expected: tuple[bytes, Any] | None = None  # PyTorch's answer to the probe, by fingerprint
-        self._hashed: dict[str, tuple[bytes, bytes]] = {}  # name -> (digest on the device, BLAKE3), of equal bytes
+        self._hashed: dict[
+            str, tuple[bytes | None, bytes]
+        ] = {}  # name -> (digest on the device, BLAKE3) of equal bytes
 
     # ------------------------------------------------------------------ requests
 
@@ -184,18 +186,18 @@ class TensorRTEngine:
     def read_back(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
         """What the GPU memory holds that the engines are refitted from. The engines themselves: `content_digest`.
 
-        A tensor whose bytes were read and hashed once is compared by a digest on the device afterwards.
+        A tensor that was read and hashed twice since it was written is compared by a digest on the device afterwards.
         """
         live = self._model.tensors()
         for name in names:
-            quick = device_digest(live[name]) if name in live and live[name].is_cuda else None
             known = self._hashed.get(name)
-            if known is not None and known[0] == quick:
+            if known is not None and known[0] is not None and known[0] == device_digest(live[name]):
                 yield name, known[1]
                 continue
             ((_, digest),) = self._torch.read_back([name])
-            if quick is not None:
-                self._hashed[name] = (quick, digest)
+            # not at once: an update that is followed by the next one would pay for a digest that nobody asks for
+            quick = device_digest(live[name]) if known is not None and live[name].is_cuda else None
+            self._hashed[name] = (quick, digest)
             yield name, digest
 
     def probe(self) -> bytes:
@@ -291,7 +293,7 @@ class TensorRTEngine:
             self._replaced.close()
         self._model, self._replaced = model, None if model is now else now
         if model.recipe.module is not now.recipe.module:
-            self._sources = {}
+            self._sources, self._hashed = {}, {}
         self._torch = self._tensors_of(model)
 
     # ------------------------------------------------------------------ parts
@@ -307,6 +309,7 @@ class TensorRTEngine:
             with suppress(RefleetError):  # retention may have dropped it
                 old = before.read(spec.name)
         self._sources.pop(spec.name, None)  # until it is written, it is neither
+        self._hashed.pop(spec.name, None)
         if old is None:
             self._staging.copy(new, live, name=spec.name)
         else:

