@@ -38,7 +38,8 @@ def fails(runs: Runs) -> Fails:
 @pytest.mark.parametrize(
     ("engine", "says"),
     [
-        ("tensorrt:x", "starts with torch: or file:"),
+        ("onnx:x", "starts with torch:, tensorrt:, bundle: or file:"),
+        ("tensorrt:x", "tensorrt:package.module:factory"),
         ("torch:engines_here", "torch:package.module:factory"),
         ("torch:no_such_module:make", "no module 'no_such_module'"),
         ("torch:engines_here:mak", "make"),

@@ -164,7 +164,7 @@ KNOWN = (
     Known(
         "weight map", OK, _cached_refit,
         "refit_module_weights of torch_tensorrt {torch_tensorrt} has a weight map that takes equal tensors for one "
-        "another: refleet switches it off",
+        "another: the worker switches it off",
     ),
     Known(
         "batch norm", OK, _cached_refit,

@@ -132,7 +132,21 @@ class Lowering:
             return found
 
     def _partitioned(self, tt: Compiler, module: fx.GraphModule) -> fx.GraphModule:
-        """As `torch_tensorrt.dynamo.compile` partitions, with its fall-back."""
+        """Partitioned as `torch_tensorrt.dynamo.compile` does. Raises: NotRefittable for tensors outside of parts."""
+        graph = self._parts(tt, module)
+        for name in ("_in_spec", "_out_spec"):
+            if hasattr(module, name):
+                setattr(graph, name, getattr(module, name))
+        outside = [str(node.target) for node in graph.graph.nodes if node.op == "get_attr"]
+        if outside:
+            raise NotRefittable(
+                f"the partitioned graph reads {named_few(outside)} outside of its parts: nothing would update them",
+                next="set options={'use_fast_partitioner': True} in the recipe",
+            )
+        return graph
+
+    def _parts(self, tt: Compiler, module: fx.GraphModule) -> fx.GraphModule:
+        """With the fall-back that compile has."""
         settings = self.settings
         tt.converters.set_compilation_settings(settings)
         supported, total = tt.partitioning.get_graph_converter_support(module, settings.torch_executed_ops)

@@ -5,7 +5,7 @@ Nothing that it returns is believed: it is slow and can be wrong without an erro
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import inspect
 import secrets
 from collections.abc import Mapping
@@ -17,17 +17,28 @@ import torch
 from torch import fx, nn
 
 from ..common.errors import NotRefittable, RefitFailed
-from .lowering import Lowering, parts_of
+from .lowering import Lowering
 from .recipe import Recipe
 from .torch_trt import LOCK, Compiled, call, engines_of, exported, short
 
 
-def as_compiled(lowering: Lowering, engines: Mapping[str, Compiled]) -> fx.GraphModule:
-    """The module as `torch_tensorrt.dynamo.compile` returns it, around engines that exist already. Needs a GPU."""
+def as_compiled(
+    lowering: Lowering, engines: Mapping[str, Compiled], *, to_save: bool = False, **settings: object
+) -> fx.GraphModule:
+    """The module as `torch_tensorrt.dynamo.compile` returns it, around engines that exist already. Needs a GPU.
+
+    `to_save`: with the C++ runtime's engines, the only ones that a file can hold. `settings` replace the lowering's.
+    """
     graph = lowering.network(interpret=False).graph
-    for name in parts_of(graph):
-        if name in engines:
-            setattr(graph, name, _engine_module(engines[name], name, lowering.settings))
+    known = {field.name for field in dataclasses.fields(lowering.settings)}
+    wanted = {"use_python_runtime": not to_save, **settings}
+    made = dataclasses.replace(lowering.settings, **{n: value for n, value in wanted.items() if n in known})
+    for node in graph.graph.nodes:
+        name = str(node.target)
+        if node.op == "call_module" and name in engines:
+            output = next(n for n in graph.get_submodule(name).graph.nodes if n.op == "output")  # type: ignore[union-attr]
+            node.meta["val"] = [result.meta["val"] for result in output.all_input_nodes]  # what saving it asks for
+            setattr(graph, name, _engine_module(engines[name], name, made, to_save=to_save))
     return graph
 
 
@@ -41,7 +52,7 @@ def save_program(lowering: Lowering, engines: Mapping[str, Compiled], path: Path
         with LOCK:
             import torch_tensorrt
 
-            recipe, module = lowering.recipe, as_compiled(lowering, engines)
+            recipe, module = lowering.recipe, as_compiled(lowering, engines, to_save=True)
             offered = {
                 "arg_inputs": list(recipe.args), "kwarg_inputs": dict(recipe.kwargs),
                 "dynamic_shapes": recipe.dynamic_shapes, "output_format": "exported_program", "pickle_protocol": 4,
@@ -123,13 +134,12 @@ def _from_state(engine: Any) -> Compiled:
     return Compiled(plan, *names)
 
 
-def _engine_module(engine: Compiled, name: str, settings: Any) -> nn.Module:
+def _engine_module(engine: Compiled, name: str, settings: Any, *, to_save: bool) -> nn.Module:
     from torch_tensorrt.dynamo import runtime
 
-    kind: Any = None
-    with contextlib.suppress(AttributeError):
-        kind = runtime.PythonTorchTensorRTModule  # gone in newer versions, where the other one does both
-    kind = kind or runtime.TorchTensorRTModule
+    # the Python runtime's own class is gone in newer versions, where the other one does both
+    python: Any = None if to_save else getattr(runtime, "PythonTorchTensorRTModule", None)
+    kind = python or runtime.TorchTensorRTModule
     made: nn.Module = kind(
         serialized_engine=engine.plan, input_binding_names=list(engine.inputs),
         output_binding_names=list(engine.outputs), name=name, settings=settings,

@@ -132,10 +132,16 @@ def compiled(recipe: Recipe, *, strip_weights: bool = False) -> dict[str, Compil
 def engines_of(module: Any) -> dict[str, Compiled]:
     """The serialized engines in a module that torch_tensorrt compiled; none in a module without."""
     return {
-        name: Compiled(bytes(child.serialized_engine), tuple(child.input_names), tuple(child.output_names))
+        name: Compiled(bytes(child.serialized_engine), *(_bindings(child, kind) for kind in ("input", "output")))
         for name, child in module.named_children()
         if getattr(child, "serialized_engine", None)
     }
+
+
+def _bindings(child: Any, kind: str) -> tuple[str, ...]:
+    """The names of an engine module's inputs or outputs: the Python and the C++ runtime call them differently."""
+    names = getattr(child, f"{kind}_names", None)
+    return tuple(getattr(child, f"{kind}_binding_names") if names is None else names)
 
 
 def layer_weights(trt: Any, net: Any, recorded: Mapping[str, object]) -> dict[str, object]:

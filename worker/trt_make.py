@@ -100,20 +100,19 @@ def proven(model: Model) -> Model:
 
 
 def called(factory: Factory, specs: Mapping[str, TensorSpec] | None = None) -> Recipe:
-    """The factory's recipe. One that takes an argument gets the tensors that the module must have, by name, or None.
+    """The factory's recipe. One with a parameter `tensors` gets those that the module must have, by name, or None.
 
     Raises: UsageError.
     """
-    parameters = inspect.signature(factory).parameters.values()
-    takes = any(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+    takes = "tensors" in inspect.signature(factory).parameters
     try:
-        return as_recipe(factory(specs) if takes else factory())
+        return as_recipe(factory(tensors=specs) if takes else factory())
     except RefleetError:
         raise
     except Exception as error:  # the factory is the user's code
         raise UsageError(
             f"the factory raised {type(error).__name__}: {error}",
-            next="a factory takes no argument, or the tensors that the module must have, and returns a Recipe",
+            next="a factory takes no argument, or `tensors` that the module must have, and returns a Recipe",
         ) from error
 
 

@@ -106,7 +106,10 @@ def build_model(
 
     Raises: NotRefittable when it can't be compiled, or when the engine differs from PyTorch right away.
     """
-    recipe = on_device(recipe, device)
+    try:
+        recipe = on_device(recipe, device)
+    except torch.OutOfMemoryError as error:
+        raise NotRefittable(f"the GPU has no memory for the module: {error}") from error
     on_step("exporting the module")
     lowering = Lowering(recipe)
     if engines is None:

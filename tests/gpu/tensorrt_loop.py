@@ -95,6 +95,10 @@ class Load:
         return taken[len(taken) // 2], taken[int(len(taken) * 0.99)], taken[-1]
 
 
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def train(url: str, folder: Path, *, width: int, layers: int, versions: int, share: float) -> None:
     """The trainer, in a process of its own: publishes each step, rolls back at the end; one JSON line per release."""
     torch.manual_seed(0)
@@ -147,6 +151,7 @@ def run(url: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         drain_s=60,
         keep=versions,
     ).start()
+    _say(f"the engine is ready after {engine_s:.0f} s: {engine.plan_summary}")
     command = [sys.executable, __file__, "--train", url, "--folder", str(folder), "--versions", str(versions)]
     command += ["--width", str(width), "--layers", str(layers), "--share", str(options.share)]
     trainer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -159,11 +164,15 @@ def run(url: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         return found
 
     steps = [line()]
+    _say("the first version is served")
     with Load(worker, engine, question) as load:
         time.sleep(3)
         quiet = load.latencies()
         print("go", file=trainer.stdin, flush=True)
-        steps += [line() for _ in range(1, versions)]
+        for number in range(1, versions):
+            steps.append(line())
+            if number % 20 == 0:
+                _say(f"{number} of {versions} versions")
         busy = load.latencies()
         back = line()
         time.sleep(1)

@@ -176,8 +176,7 @@ def test_a_refitted_engine_is_saved_by_torch_tensorrt_and_loads_again_refittable
     assert model.lower is not None
     now = {n: Compiled(live.serialize(), model.engines[n].inputs, model.engines[n].outputs)
            for n, live in model.resident.engines.items()}  # fmt: skip
-    module = official.as_compiled(model.lower(), now)
-    torch_tensorrt.save(module, str(tmp_path / "m.ep"), arg_inputs=list(model.recipe.args), retrace=False)
+    official.save_program(model.lower(), now, tmp_path / "m.ep")
     loaded = torch_tensorrt.load(str(tmp_path / "m.ep"))
     assert _same_bits(loaded.module()(*model.recipe.args), model.probe())
     again = TensorRTEngine(made, apply="fast", compiled_module=loaded, build=_never)
@@ -214,8 +213,8 @@ class Wide(nn.Module):
         return self.down(torch.relu(self.up(x)))  # type: ignore[no-any-return]
 
 
-def wide(specs: Mapping[str, TensorSpec] | None = None) -> Recipe:
-    hidden = specs["up.weight"].shape[0] if specs else 16
+def wide(tensors: Mapping[str, TensorSpec] | None = None) -> Recipe:
+    hidden = tensors["up.weight"].shape[0] if tensors else 16
     return Recipe(Wide(hidden).eval(), (torch.linspace(-1, 1, 32).view(4, 8),), options={"min_block_size": 1})
 
 

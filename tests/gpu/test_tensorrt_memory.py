@@ -30,7 +30,7 @@ def test_running_out_of_memory_while_building_is_said_and_leaves_nothing_behind(
     )  # fmt: skip
     free, _ = torch.cuda.mem_get_info()
     hog = torch.empty(free - (1 << 30), dtype=torch.uint8, device="cuda")
-    with pytest.raises((NotRefittable, torch.OutOfMemoryError)):
+    with pytest.raises(NotRefittable, match="memory"):
         TensorRTEngine(big, apply="fast")
     del hog
     torch.cuda.empty_cache()
