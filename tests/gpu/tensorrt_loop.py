@@ -151,7 +151,7 @@ def run(url: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         drain_s=60,
         keep=versions,
     ).start()
-    _say(f"the engine is ready after {engine_s:.0f} s: {engine.plan_summary}")
+    _say(f"the engine is ready after {seen['engine_s']:.0f} s: {engine.plan_summary}")
     command = [sys.executable, __file__, "--train", url, "--folder", str(folder), "--versions", str(versions)]
     command += ["--width", str(width), "--layers", str(layers), "--share", str(options.share)]
     trainer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
