@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from refleet.common.digest import digest_of
 from refleet.common.tensors import tensor_bytes
 from refleet.worker.recipe import Recipe
-from refleet.worker.refit_plan import Address, Formula, Item, Kind, RefitPlan
+from refleet.worker.refit_plan import Formula, Item, Kind, RefitPlan
 from refleet.worker.resident import Resident
 from refleet.worker.signature import Signature
 from refleet.worker.torch_trt import Compiled
@@ -163,9 +164,10 @@ def _first(held: Mapping[str, Tensor], inputs: Sequence[Any]) -> list[Tensor]:
     return [torch.tanh(nn.functional.linear(inputs[0], held["first/weight CONSTANT"], held["first/bias CONSTANT"]))]
 
 
-def _second(held: Mapping[str, Tensor], inputs: Sequence[Any]) -> list[Tensor]:
+def _second(held: Mapping[str, Tensor], inputs: Sequence[Any], *, order: Sequence[int] = (2, 0, 1)) -> list[Tensor]:
+    """`order`: the module's integers when the engine was built."""
     y = nn.functional.linear(inputs[0], held["second/weight CONSTANT"], held["second/bias CONSTANT"])
-    return [y[:, [2, 0, 1]] * inputs[1], y.sum(int(held["axes CONSTANT"]))]
+    return [y[:, list(order)] * inputs[1], y.sum(int(held["axes CONSTANT"]))]
 
 
 def two_load(_compiled: Compiled, name: str) -> TwinEngine:
@@ -185,7 +187,8 @@ def two_model(recipe: Recipe, *, plan: RefitPlan | None = None, lower: Callable[
     def weights(part: str) -> dict[str, Tensor]:
         return {name: read((owner, name)) for owner, name in two_plan().items if owner == part}
 
-    engines = {A: TwinEngine(weights(A), _first), B: TwinEngine(weights(B), _second, outputs=2)}
+    second = partial(_second, order=module.order.tolist())
+    engines = {A: TwinEngine(weights(A), _first), B: TwinEngine(weights(B), second, outputs=2)}
     answer = pytree.tree_flatten(module(*recipe.args, **recipe.kwargs))[1]
     signature = Signature(pytree.tree_flatten((recipe.args, dict(recipe.kwargs)))[1], answer)
     resident = Resident(_graph(_torch_part(values["shift"])), engines, device=CPU)
@@ -200,7 +203,3 @@ def twins(model: Model) -> tuple[TwinEngine, TwinEngine]:
     assert isinstance(one, TwinEngine)
     assert isinstance(two, TwinEngine)
     return one, two
-
-
-def address(part: str, name: str) -> Address:
-    return part, name
