@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from refleet.worker.torch_trt import Compiled
 from refleet.worker.trt_make import Maker
 from refleet.worker.trt_model import Model
 from test_tensorrt_engine import Bench, asked, changed, near, same, versions
-from twin_engine import CPU, TwinEngine, two_model, two_recipe
+from twin_engine import CPU, TORCH, TwinEngine, twins, two_model, two_recipe
 
 #: changes the integers that the model reads, which no plan covers
 ORDER = torch.tensor([1, 2, 0])
@@ -135,6 +136,27 @@ def test_where_only_the_official_way_is_allowed_a_wrong_one_keeps_the_old_versio
     assert bench.gate.current.version == "v0"
     assert same(asked(ways.engine), before)
     assert near(asked(ways.engine), expected)
+
+
+def test_after_a_change_that_the_plan_does_not_cover_the_next_one_is_fast_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, first: Staged
+) -> None:
+    ways = Ways(monkeypatch)
+    bench = Bench(tmp_path, ways.engine)
+    bench.to(first)
+    plan = ways.engine._model.plan
+    assert plan is not None
+    known = {address: item for address, item in plan.items.items() if address != (TORCH, "shift")}
+    ways.engine._model.plan = dataclasses.replace(plan, items=known)
+    second = changed(first, "shift", torch.linspace(-1, 1, 5))
+    bench.to(second)
+    assert ways.engine.applied.startswith("reference: the refit plan does not cover a change of 'shift'")
+    one, two = twins(ways.engine._model)
+    assert one.refits == [one.weights]  # the slow first refit of the new engine, before it took over
+    assert two.refits == [two.weights]
+    bench.to(changed(second, "first.bias", torch.ones(5)))
+    assert ways.engine.applied == "fast: 1 of 5 engine weights refitted"
+    assert ways.taken == ["reference"]
 
 
 def test_other_integers_rebuild_the_engine_at_once(

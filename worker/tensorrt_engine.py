@@ -11,25 +11,22 @@ probe    the engine's answers against PyTorch's, and as a digest for the compari
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..common.digest import digest_of
 from ..common.errors import NotRefittable, ProbeMismatch, RefitFailed, RefleetError, UsageError
 from ..common.messages import Serving
-from ..common.types import Manifest, TensorSpec
+from ..common.types import Manifest
 from . import official, trt_live
-from .device_copy import Staging, put_changed
-from .device_digest import device_digest
+from .device_tensors import DeviceTensors
 from .engine import StagedVersion
 from .probe import digest_value
 from .recipe import Recipe
 from .refit_plan import Address
-from .torch_engine import TorchEngine
 from .torch_trt import compiled
 from .trt_make import Build, Factory, Maker, called
 from .trt_model import Load, Model, OnStep
@@ -77,9 +74,7 @@ class TensorRTEngine:
         else:
             engines = None if compiled_module is None else official.from_compiled(compiled_module)
             self._model = self._maker.model(made if isinstance(made, Recipe) else called(made), engines=engines)
-        self._staging = Staging()
-        self._sources: dict[str, StagedVersion] = {}  # the version whose bytes each tensor on the GPU was given
-        self._torch = self._tensors_of(self._model)
+        self._tensors = DeviceTensors(self._model.recipe.module)
         if apply == FAST and self._model.plan is None:
             raise NotRefittable(
                 f"the fast path can't be used: {self._model.why_not_fast}", next="use --apply auto or --apply reference"
@@ -89,9 +84,6 @@ class TensorRTEngine:
         self._replaced: Model | None = None  # until the version is served, so that going back is to take it again
         self._pending: frozenset[str] = frozenset()  # tensors that were written and are not in the engine yet
         self._expected: tuple[bytes, Any] | None = None  # PyTorch's answer to the probe, by fingerprint
-        self._hashed: dict[
-            str, tuple[bytes | None, bytes]
-        ] = {}  # name -> (digest on the device, BLAKE3) of equal bytes
 
     # ------------------------------------------------------------------ requests
 
@@ -129,7 +121,7 @@ class TensorRTEngine:
 
     def check(self, manifest: Manifest, *, restructure: bool = False) -> None:
         try:
-            self._torch.check(manifest)
+            self._tensors.check(manifest)
         except NotRefittable as error:
             if restructure and self._maker.factory is not None:
                 return
@@ -140,15 +132,14 @@ class TensorRTEngine:
     def prepare(self, staged: StagedVersion, changed: frozenset[str]) -> bool:
         manifest = staged.manifest
         self._drop_prepared()
-        if self._specs_differ(manifest):
+        if not self._tensors.fit(manifest):
             if not staged.restructure:
-                self._torch.check(manifest)
+                self._tensors.check(manifest)
             self._prepared = self._restructured(staged)
             return False
         names = (changed | self._pending) & manifest.by_name.keys()
         self._pending = names
-        self._torch.apply(staged, names)
-        self._staging.finish()
+        self._tensors.write(staged, names)
         self._expected = (manifest.fingerprint, _expected(self._model))
         back = self._replaced is not None and self._replaced.holds == manifest.fingerprint
         if back:
@@ -184,21 +175,8 @@ class TensorRTEngine:
             ) from error
 
     def read_back(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
-        """What the GPU memory holds that the engines are refitted from. The engines themselves: `content_digest`.
-
-        A tensor that was read and hashed twice since it was written is compared by a digest on the device afterwards.
-        """
-        live = self._model.tensors()
-        for name in names:
-            known = self._hashed.get(name)
-            if known is not None and known[0] is not None and known[0] == device_digest(live[name]):
-                yield name, known[1]
-                continue
-            ((_, digest),) = self._torch.read_back([name])
-            # not at once: an update that is followed by the next one would pay for a digest that nobody asks for
-            quick = device_digest(live[name]) if known is not None and live[name].is_cuda else None
-            self._hashed[name] = (quick, digest)
-            yield name, digest
+        """What the GPU memory holds that the engines are refitted from. The engines themselves: `content_digest`."""
+        return self._tensors.read_back(names)
 
     def probe(self) -> bytes:
         """Every output against PyTorch's with the same weights; the digest of their bits."""
@@ -293,35 +271,7 @@ class TensorRTEngine:
             self._replaced.close()
         self._model, self._replaced = model, None if model is now else now
         if model.recipe.module is not now.recipe.module:
-            self._sources, self._hashed = {}, {}
-        self._torch = self._tensors_of(model)
-
-    # ------------------------------------------------------------------ parts
-
-    def _tensors_of(self, model: Model) -> TorchEngine:
-        return TorchEngine(model.recipe.module, write=self._write)
-
-    def _write(self, staged: StagedVersion, spec: TensorSpec, live: Tensor) -> None:
-        """Through pinned memory; of a tensor that the GPU holds already, only what changed, where that is little."""
-        new, before = staged.read(spec.name), self._sources.get(spec.name)
-        old = None
-        if before is not None and before.manifest.by_name[spec.name].spec == spec:
-            with suppress(RefleetError):  # retention may have dropped it
-                old = before.read(spec.name)
-        self._sources.pop(spec.name, None)  # until it is written, it is neither
-        self._hashed.pop(spec.name, None)
-        if old is None:
-            self._staging.copy(new, live, name=spec.name)
-        else:
-            put_changed(live, old, new, spec, self._staging)
-        self._sources[spec.name] = staged
-
-    def _specs_differ(self, manifest: Manifest) -> bool:
-        try:
-            self._torch.check(manifest)
-        except NotRefittable:
-            return True
-        return False
+            self._tensors = DeviceTensors(model.recipe.module)
 
 
 _OTHER_WAYS = "start the worker with its factory and --apply auto, or publish a version that changes other tensors"

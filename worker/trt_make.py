@@ -19,7 +19,7 @@ from .recipe import Recipe, as_recipe
 from .resident import Resident
 from .torch_engine import TorchEngine
 from .torch_trt import Compiled, compiled
-from .trt_model import Load, Model, OnStep, build_model
+from .trt_model import Load, Model, OnStep, build_model, warm
 
 Factory = Callable[..., object]
 Build = Callable[[Recipe], Mapping[str, Compiled]]
@@ -66,7 +66,10 @@ class Maker:
         assert model.lower is not None
         self.on_step("refit_module_weights makes a second engine")
         engines, graph = official.refitted(model.recipe, model.lower(), model.engines)
-        return proven(replace(model, resident=self.resident(graph, engines), holds=None))
+        other = proven(replace(model, resident=self.resident(graph, engines), holds=None))
+        if other.plan is not None and not other.plan.unknown:
+            warm(other)
+        return other
 
     def rebuilt(self, model: Model) -> Model:
         """A second engine, compiled anew from the model's module as it is now, and proven."""

@@ -117,8 +117,12 @@ def build_model(
         engines = build(recipe)
     graph = lowering.network(interpret=False).graph
     signature = Signature(lowering.call_spec.in_spec, lowering.call_spec.out_spec)
-    lives = {name: load(engine, name) for name, engine in engines.items()}
-    resident = Resident(graph, lives, device=device, concurrent=concurrent)
+
+    def loaded(compiled_engines: Mapping[str, Compiled]) -> Resident:
+        lives = {name: load(engine, name) for name, engine in compiled_engines.items()}
+        return Resident(graph, lives, device=device, concurrent=concurrent)
+
+    resident = loaded(engines)
     model = Model(recipe, signature, resident, engines, None, "", lambda: lowering, build_digest(engines))
     on_step("comparing the engine with PyTorch")
     _compare_as_built(model)
@@ -129,6 +133,8 @@ def build_model(
         prove_on_engine(model)
     except (NotRefittable, RefitFailed, ProbeMismatch) as error:
         model.plan, model.why_not_fast = None, error.what
+        resident.close()  # the proof may have left other weights in it
+        model.resident = loaded(engines)
     return model
 
 
@@ -164,6 +170,18 @@ def prove_on_engine(model: Model, *, as_built: bool = True) -> None:
         raise ProbeMismatch("after a refit to other weights and back the engine answers differently")
     if _same_bits(again, model.probe()) and any(bool(t.numel()) for t in own.values()):
         raise ProbeMismatch("the probe inputs give the same answer with entirely other weights: they prove nothing")
+
+
+def warm(model: Model) -> None:
+    """Put in all weights that the engine holds already: the first refit of its life takes seconds. No request waits.
+
+    Raises: RefitFailed, and ProbeMismatch if the answers are not the same bits afterwards.
+    """
+    plan, before = model.plan, model.probe()
+    assert plan is not None
+    _refit_all(model, plan, model.tensors())
+    if not _same_bits(model.probe(), before):
+        raise ProbeMismatch("an identity refit by the plan changes what refit_module_weights put in")
 
 
 def _compare_as_built(model: Model) -> None:

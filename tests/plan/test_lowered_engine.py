@@ -86,6 +86,27 @@ def test_one_tensor_at_a_time_gives_what_all_at_once_gives(name: str) -> None:
     assert (engine.probe(), engine.content_digest()) == (expected, held)
 
 
+def test_an_engine_that_fails_its_proof_is_served_as_it_was_built() -> None:
+    """The proof puts other weights in. Where it does not end, nobody may find them there."""
+    torch.manual_seed(7)
+    recipe = FAMILIES["mlp"]()
+    compiled, twins = twin_engines(recipe)
+    (part,) = twins
+    loads = []
+
+    def load(_compiled: Compiled, name: str) -> TwinEngine:
+        loads.append(name)
+        twin = twin_engines(recipe)[1][part]
+        real, calls = twin.refit, iter([True, True, False])  # fails on the way back from the other weights
+        twin.refit = lambda: real() and next(calls)  # type: ignore[method-assign]
+        return twin
+
+    engine = TensorRTEngine(recipe, device=CPU, build=lambda _: compiled, load=load)
+    assert engine.plan_summary.startswith("reference path only: TensorRT failed to refit")
+    assert loads == [part, part]
+    engine._model.compare(engine._model.probe(), engine._model.reference())
+
+
 def test_an_engine_that_differs_from_pytorch_right_after_building_is_refused() -> None:
     recipe = FAMILIES["mlp"]()
     compiled, twins = twin_engines(recipe)
