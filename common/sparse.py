@@ -53,9 +53,9 @@ class Sparse:
         if base is None or not 0 < new.size < BLOCK_BYTES_MAX:
             return None
         width = _WIDTHS[dtype]
-        if _sampled_share(new, base, width) > SHARE_MAX:
+        if sampled_share(new, base, width) > SHARE_MAX:
             return None
-        found = _changes(new, base, width, limit=int(SHARE_MAX * (new.size // width)))
+        found = changes(new, base, width, limit=int(SHARE_MAX * (new.size // width)))
         if found is None:
             return None
         positions, after, before = found
@@ -120,7 +120,7 @@ class Sparse:
         target[positions] = _step(target.take(positions), signs, steps, dtype)
 
 
-def _sampled_share(new: Bytes, base: Bytes, width: int) -> float:
+def sampled_share(new: Bytes, base: Bytes, width: int) -> float:
     """Share of changed elements in spread samples of a block; all of it where it is small."""
     stride = new.size // SAMPLE_PIECES // 8 * 8
     if stride > SAMPLE_BYTES:
@@ -129,7 +129,7 @@ def _sampled_share(new: Bytes, base: Bytes, width: int) -> float:
     return float(np.count_nonzero(new.view(f"<u{width}") != base.view(f"<u{width}"))) / (new.size // width)
 
 
-def _changes(new: Bytes, base: Bytes, width: int, *, limit: int) -> tuple[Positions, Unsigned, Unsigned] | None:
+def changes(new: Bytes, base: Bytes, width: int, *, limit: int) -> tuple[Positions, Unsigned, Unsigned] | None:
     """Positions of changed elements, their new and their old bits; None where more than `limit` changed.
 
     Two levels: 8-byte words are compared first, and only differing words are taken apart.

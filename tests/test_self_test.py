@@ -41,7 +41,7 @@ def test_it_sees_an_answer_that_is_not_pytorch() -> None:
 
 def test_it_sees_a_refit_that_fails_and_one_without_effect(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = made()
-    twins(engine._model)[0].fail_refit = True
+    twins(engine.model)[0].fail_refit = True
     assert tried(engine).problem
     one = example_of(1)
     assert "no effect" in tried(made(), one, one).problem
@@ -59,13 +59,13 @@ def test_it_sees_a_refit_that_fails_and_one_without_effect(monkeypatch: pytest.M
 
 def test_it_sees_bits_that_do_not_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, count = made(), iter(range(1, 100))
-    ask = engine._model.answer
+    ask = engine.model.answer
 
     def drifts(*inputs: object) -> object:
         answer = ask(*inputs)  # type: ignore[arg-type]
         return {key: value * (1 + 1e-6 * next(count)) for key, value in answer.items()}
 
-    monkeypatch.setattr(type(engine._model), "answer", lambda _self, *inputs: drifts(*inputs))
+    monkeypatch.setattr(type(engine.model), "answer", lambda _self, *inputs: drifts(*inputs))
     assert "bit for bit" in tried(engine).problem
 
 

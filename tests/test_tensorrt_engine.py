@@ -83,7 +83,7 @@ def test_versions_go_in_and_come_back_bit_for_bit() -> None:
 def test_a_changed_tensor_moves_only_the_weights_that_depend_on_it() -> None:
     engine, ((first, _), (second, _), *_) = engine_of(), versions()
     put(engine, first)
-    one, two = twins(engine._model)
+    one, two = twins(engine.model)
     one.refits, two.refits = [], []
     value = torch.frombuffer(bytearray(second.tensors["log_scale"]), dtype=torch.float32).view(())
     third = changed(first, "log_scale", value)
@@ -152,7 +152,7 @@ def test_a_tensor_that_nothing_reads_needs_no_refit() -> None:
 
 def test_weights_that_go_in_together_are_set_together() -> None:
     engine, ((first, _), *_) = engine_of(), versions()
-    one, _ = twins(engine._model)
+    one, _ = twins(engine.model)
     one.needs = (frozenset(one.weights),)
     put(engine, first)
     one.refits.clear()
@@ -245,12 +245,12 @@ def bench(tmp_path: Path) -> Bench:
 
 def test_a_rejected_weight_leaves_the_previous_version_bit_for_bit(bench: Bench) -> None:
     before, held = asked(bench.engine), bench.engine.content_digest()
-    one, two = twins(bench.engine._model)
+    one, two = twins(bench.engine.model)
     one.rejects, two.rejects = set(), {"second/bias CONSTANT"}
     for live in (one, two):
         for name in list(live.weights):
             live.unset(name)
-    bench.engine._model.resident._set = {A: {}, B: {}}
+    bench.engine.model.resident._set = {A: {}, B: {}}
     other = versions()[1][0]
     with pytest.raises((RefitFailed, Quarantined)) as caught:
         bench.to(other)
@@ -267,8 +267,8 @@ def test_a_weight_rejected_once_leaves_the_previous_version_bit_for_bit(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, held = asked(bench.engine), bench.engine.content_digest()
-    _, two = twins(bench.engine._model)
-    bench.engine._model.resident._set[B].clear()
+    _, two = twins(bench.engine.model)
+    bench.engine.model.resident._set[B].clear()
     real, refusals = two.set, iter([False])
     monkeypatch.setattr(two, "set", lambda name, value: next(refusals, True) and real(name, value))
     with pytest.raises(RefitFailed, match="rejected"):
@@ -281,7 +281,7 @@ def test_a_weight_rejected_once_leaves_the_previous_version_bit_for_bit(
 
 def test_a_failure_between_two_engines_is_healed_by_putting_in_everything(bench: Bench) -> None:
     before, held = asked(bench.engine), bench.engine.content_digest()
-    one, two = twins(bench.engine._model)
+    one, two = twins(bench.engine.model)
     two.fail_refit = True  # the first engine has the new weights by then, the second half of them
     one.refits.clear()
     two.refits.clear()
@@ -297,7 +297,7 @@ def test_a_failure_between_two_engines_is_healed_by_putting_in_everything(bench:
 
 def test_after_a_failed_refit_the_restore_does_not_trust_what_the_engine_holds(bench: Bench) -> None:
     """One tensor changed, but a failed refit may have hit any weight: all of them are put in again."""
-    _, two = twins(bench.engine._model)
+    _, two = twins(bench.engine.model)
     two.fail_refit = True
     two.refits.clear()
     base = versions()[0][0]
@@ -339,7 +339,7 @@ def test_a_wrong_rule_that_shows_only_later_brings_the_previous_version_back(tmp
 
 
 def test_when_going_back_fails_too_nothing_is_served(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, two = twins(bench.engine._model)
+    _, two = twins(bench.engine.model)
     monkeypatch.setattr(two, "refit", lambda: False)
     with pytest.raises(Quarantined, match="content is unknown"):
         bench.to(versions()[1][0])
@@ -350,7 +350,7 @@ def test_answers_that_differ_from_the_first_time_are_not_served(bench: Bench, mo
     """Equal weights and build, other bits: within tolerance of PyTorch, and still not the version that was proven."""
     one, two = versions()[0][0], versions()[1][0]
     bench.to(two)
-    live, _ = twins(bench.engine._model)
+    live, _ = twins(bench.engine.model)
     real = live._compute
     monkeypatch.setattr(live, "_compute", lambda held, inputs: [real(held, inputs)[0] * (1 + 1e-6)])
     with pytest.raises((ProbeMismatch, Quarantined), match="differently"):

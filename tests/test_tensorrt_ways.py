@@ -144,14 +144,14 @@ def test_after_a_change_that_the_plan_does_not_cover_the_next_one_is_fast_again(
     ways = Ways(monkeypatch)
     bench = Bench(tmp_path, ways.engine)
     bench.to(first)
-    plan = ways.engine._model.plan
+    plan = ways.engine.model.plan
     assert plan is not None
     known = {address: item for address, item in plan.items.items() if address != (TORCH, "shift")}
-    ways.engine._model.plan = dataclasses.replace(plan, items=known)
+    ways.engine.model.plan = dataclasses.replace(plan, items=known)
     second = changed(first, "shift", torch.linspace(-1, 1, 5))
     bench.to(second)
     assert ways.engine.applied.startswith("reference: the refit plan does not cover a change of 'shift'")
-    one, two = twins(ways.engine._model)
+    one, two = twins(ways.engine.model)
     assert one.refits == [one.weights]  # the slow first refit of the new engine, before it took over
     assert two.refits == [two.weights]
     bench.to(changed(second, "first.bias", torch.ones(5)))
@@ -178,7 +178,7 @@ def test_a_failure_after_the_new_engine_took_over_takes_the_old_one_again(
     bench = Bench(tmp_path, ways.engine)
     (one, _), (two, _) = versions(2)
     bench.to(one)
-    served, before, held = ways.engine._model, asked(ways.engine), ways.engine.content_digest()
+    served, before, held = ways.engine.model, asked(ways.engine), ways.engine.content_digest()
     ways.taken.clear()
     real, calls = ways.engine.probe, iter([ProbeMismatch("as asked")])
 
@@ -190,7 +190,7 @@ def test_a_failure_after_the_new_engine_took_over_takes_the_old_one_again(
     monkeypatch.setattr(ways.engine, "probe", probe)
     with pytest.raises(ProbeMismatch, match="as asked"):
         bench.to(two)
-    assert ways.engine._model is served
+    assert ways.engine.model is served
     assert ways.engine.applied == "back to the engine of v0"
     assert same(asked(ways.engine), before)
     assert ways.engine.content_digest() == held
@@ -202,7 +202,7 @@ def test_engines_that_are_not_needed_any_more_are_freed(monkeypatch: pytest.Monk
     bench = Bench(tmp_path, ways.engine)
     (one, _), (two, _) = versions(2)
     bench.to(one)
-    served = ways.engine._model
+    served = ways.engine.model
     ways.closed.clear()
     ways.engine.prepare(two, two.names)
     prepared = ways.engine._prepared

@@ -18,13 +18,12 @@ from torch import Tensor
 from ..common.delta import as_bytes
 from ..common.errors import DigestMismatch, NotRefittable, UsageError
 from ..common.limits import MIB
-from ..common.sparse import _changes as changes_in_block
-from ..common.sparse import _sampled_share as sampled_share
+from ..common.sparse import changes as changes_in_block
+from ..common.sparse import sampled_share
 from ..common.tensors import dtype_text, spec_of
 from ..common.types import TensorSpec
 from .device_digest import c_order_pieces, flat_bytes
-from .torch_state import _not_writable as not_writable
-from .torch_state import bits
+from .torch_state import bits, not_writable
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

@@ -53,7 +53,7 @@ def live_state(module: nn.Module, *, known: LiveState | None = None) -> LiveStat
         except UnreadableCheckpoint as error:
             problem: str | None = error.what
         else:
-            problem = _not_writable(name, value)
+            problem = not_writable(name, value)
             if id(value) not in ids and value.numel() and _storage(value) not in map(_storage, owned):
                 problem = f"tensor {name!r} is a copy that state_dict() makes: writing it would not change the module"
             tensors[name] = value
@@ -89,7 +89,7 @@ def put(live: Tensor, new: Tensor) -> None:
 _KEEP_OUT = "make it a plain tensor in a parameter or buffer, or keep it out of state_dict()"
 
 
-def _not_writable(name: str, tensor: Tensor) -> str | None:
+def not_writable(name: str, tensor: Tensor) -> str | None:
     """Why a tensor with plain bytes can still not be written element by element, or None."""
     if tensor.is_conj() or tensor.is_neg():
         return f"tensor {name!r} is a lazily conjugated or negated view: register its resolve_conj() or resolve_neg()"

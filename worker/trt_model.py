@@ -154,9 +154,9 @@ def prove_on_engine(model: Model, *, as_built: bool = True) -> None:
     own = model.tensors()
     before = model.probe() if as_built else None
     _refit_all(model, plan, own)
-    if as_built and not _same_bits(model.probe(), before):
+    if as_built and not same_bits(model.probe(), before):
         raise ProbeMismatch("after an identity refit of all weights the engine answers differently")
-    other = {name: _perturbed(name, tensor) for name, tensor in own.items()}
+    other = {name: perturbed(name, tensor) for name, tensor in own.items()}
     tied = {name: other[kept] for name, kept in plan.ties.items() if kept in other}
     expected = model.reference(other | tied)
     _refit_all(model, plan, other | tied)
@@ -166,9 +166,9 @@ def prove_on_engine(model: Model, *, as_built: bool = True) -> None:
         model.measured[difference.where] = max(model.measured.get(difference.where, 0.0), difference.error)
     again = model.probe()
     _refit_all(model, plan, own)
-    if as_built and not _same_bits(model.probe(), before):
+    if as_built and not same_bits(model.probe(), before):
         raise ProbeMismatch("after a refit to other weights and back the engine answers differently")
-    if _same_bits(again, model.probe()) and any(bool(t.numel()) for t in own.values()):
+    if same_bits(again, model.probe()) and any(bool(t.numel()) for t in own.values()):
         raise ProbeMismatch("the probe inputs give the same answer with entirely other weights: they prove nothing")
 
 
@@ -180,7 +180,7 @@ def warm(model: Model) -> None:
     plan, before = model.plan, model.probe()
     assert plan is not None
     _refit_all(model, plan, model.tensors())
-    if not _same_bits(model.probe(), before):
+    if not same_bits(model.probe(), before):
         raise ProbeMismatch("an identity refit by the plan changes what refit_module_weights put in")
 
 
@@ -201,7 +201,7 @@ def _refit_all(model: Model, plan: RefitPlan, values: Mapping[str, Tensor]) -> N
     model.resident.commit()
 
 
-def _perturbed(name: str, tensor: Tensor) -> Tensor:
+def perturbed(name: str, tensor: Tensor) -> Tensor:
     """Other values like those: what is positive stays positive (variances), what is zero everywhere does not."""
     if not tensor.is_floating_point() or not tensor.numel():
         return tensor
@@ -216,7 +216,7 @@ def _perturbed(name: str, tensor: Tensor) -> Tensor:
     return other.to(tensor.dtype)
 
 
-def _same_bits(one: Any, two: Any) -> bool:
+def same_bits(one: Any, two: Any) -> bool:
     first, second = pytree.tree_leaves(one), pytree.tree_leaves(two)
     return len(first) == len(second) and all(
         torch.equal(bits(a), bits(b)) if isinstance(a, Tensor) else a == b for a, b in zip(first, second, strict=True)

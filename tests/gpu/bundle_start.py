@@ -41,7 +41,7 @@ def start(kind: str, bundle: Path, began: float) -> dict[str, Any]:
     from refleet.common.tensors import spec_of, tensor_bytes
     from refleet.worker.load_engine import load_engine
     from refleet.worker.tensorrt_engine import TensorRTEngine
-    from refleet.worker.trt_model import _perturbed
+    from refleet.worker.trt_model import perturbed
     from torch.utils import _pytree as pytree
 
     steps: list[tuple[float, str]] = []
@@ -52,7 +52,7 @@ def start(kind: str, bundle: Path, began: float) -> dict[str, Any]:
     loaded = time.time() - began
     make()  # the first call imports modules that draw random numbers
     state = make().module.state_dict()
-    values = {name: _perturbed(name, tensor) for name, tensor in state.items()}
+    values = {name: perturbed(name, tensor) for name, tensor in state.items()}
     specs = [spec_of(name, tensor) for name, tensor in values.items()]
     data = {name: bytes(tensor_bytes(tensor.contiguous())) for name, tensor in values.items()}
     ready = version(data, specs, name="v1", seq=1)
@@ -60,7 +60,7 @@ def start(kind: str, bundle: Path, began: float) -> dict[str, Any]:
     engine.prepare(ready, ready.names)
     engine.apply(ready, ready.names)
     engine.probe()
-    answer = pytree.tree_leaves(engine._model.probe())
+    answer = pytree.tree_leaves(engine.model.probe())
     bits = hashlib.sha256(
         b"".join(t.cpu().contiguous().view(torch.uint8).numpy().tobytes() for t in answer)
     ).hexdigest()

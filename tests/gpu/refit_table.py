@@ -104,7 +104,7 @@ def measure(name: str) -> dict[str, Any]:
     from refleet.worker import official, trt_model
     from refleet.worker.tensorrt_engine import TensorRTEngine
     from refleet.worker.torch_trt import compiled
-    from refleet.worker.trt_model import _perturbed
+    from refleet.worker.trt_model import perturbed
 
     torch.manual_seed(0)
     seen: dict[str, Any] = {"family": name, "device": torch.cuda.get_device_name(), "torch": torch.__version__}
@@ -126,7 +126,7 @@ def measure(name: str) -> dict[str, Any]:
     if "proving the refit plan on the engine" in starts:
         seen["plan_s"] = starts["proving the refit plan on the engine"] - starts["lowering with random weights"]
         seen["first_refits_s"] = ended - starts["proving the refit plan on the engine"]
-    model = engine._model
+    model = engine.model
     seen["build"] = engine.build
     seen["fast"] = engine.plan_summary
     seen["measured"] = max(model.measured.values())
@@ -168,7 +168,7 @@ def measure(name: str) -> dict[str, Any]:
         _, seen["one_ms"], seen["one_engine_ms"] = (statistics.median(column) for column in zip(*one, strict=False))
 
         # A -> B -> A, one at a time against all at once
-        other = {n: _perturbed(n + "B", t) for n, t in own.items()}
+        other = {n: perturbed(n + "B", t) for n, t in own.items()}
         for kept in plan.ties.values():
             other |= {n: other[kept] for n, k in plan.ties.items() if k == kept}
         before, started = model.probe(), time.perf_counter()
@@ -182,19 +182,19 @@ def measure(name: str) -> dict[str, Any]:
         seen["error_b"] = max(d.error for d in trt_model.compare.differences(at_b, expected_b))
         _put(live, own)
         refit(plan.affected(floating))
-        seen["a_b_a_outputs"] = trt_model._same_bits(before, model.probe())
+        seen["a_b_a_outputs"] = trt_model.same_bits(before, model.probe())
         seen["a_b_a_engine"] = engine.content_digest() == held_a
-        seen["b_differs"] = not trt_model._same_bits(before, at_b) and held_b != held_a
+        seen["b_differs"] = not trt_model.same_bits(before, at_b) and held_b != held_a
         if len(floating) <= 200 and seen["bytes"] < 1e9:
             _put(live, other)
             for n in sorted(floating, reverse=True):
                 refit(plan.affected([n]))
-            seen["one_by_one"] = trt_model._same_bits(at_b, model.probe()) and engine.content_digest() == held_b
+            seen["one_by_one"] = trt_model.same_bits(at_b, model.probe()) and engine.content_digest() == held_b
         _put(live, other)
         refit(plan.affected(floating))
         at_b = model.probe()
     else:
-        other = {n: _perturbed(n + "B", t) for n, t in own.items()}
+        other = {n: perturbed(n + "B", t) for n, t in own.items()}
         _put(model.tensors(), other)
 
     print("RESULT " + json.dumps(seen), flush=True)  # what there is so far: the official way may outlast the time
@@ -211,7 +211,7 @@ def measure(name: str) -> dict[str, Any]:
         found = trt_model.compare.differences(answer, model.reference())
         seen["official_error"] = max(d.error for d in found)
         if model.plan is not None:
-            seen["official_same_outputs"] = trt_model._same_bits(answer, at_b)
+            seen["official_same_outputs"] = trt_model.same_bits(answer, at_b)
             seen["official_same_engine"] = second.resident.content_digest() == held_b
         second.close()
     except Exception as error:

@@ -25,7 +25,7 @@ from refleet.worker.gate import Gate
 from refleet.worker.recipe import Recipe
 from refleet.worker.tensorrt_engine import TensorRTEngine
 from refleet.worker.torch_trt import compiled
-from refleet.worker.trt_model import _perturbed, _same_bits
+from refleet.worker.trt_model import perturbed, same_bits
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "plan"))
@@ -47,7 +47,7 @@ def staged(module: nn.Module, seed: int, *, name: str | None = None) -> Staged:
     state = module.state_dict()
     by_place = {tensor.data_ptr(): key for key, tensor in state.items() if tensor.numel()}
     kept = {key: by_place.get(tensor.data_ptr(), key) for key, tensor in state.items()}
-    values = {key: _perturbed(f"{kept[key]} {seed}", state[key].cpu()) for key in state}
+    values = {key: perturbed(f"{kept[key]} {seed}", state[key].cpu()) for key in state}
     specs = [spec_of(key, tensor) for key, tensor in values.items()]
     data = {key: bytes(tensor_bytes(tensor.contiguous())) for key, tensor in values.items()}
     return version(data, specs, name=name or f"v{seed}", seq=seed)
@@ -68,21 +68,21 @@ def test_both_ways_give_the_same_answers_and_the_way_back_is_exact(name: str) ->
     seen = []
     for version_ in (one, two, one):
         probe = put(fast, version_)
-        seen.append((probe, fast.content_digest(), fast._model.probe()))
+        seen.append((probe, fast.content_digest(), fast.model.probe()))
         assert dict(fast.read_back(sorted(version_.names))) == version_.digests
         assert dict(fast.read_back(sorted(version_.names))) == version_.digests  # from the digests on the device
         assert fast.applied.startswith("fast: ")
     assert seen[0][:2] == seen[2][:2] != seen[1][:2]
     put(fast, two)
     try:
-        way = TensorRTEngine(fast._model, apply="reference")
-        way._model.holds = None
+        way = TensorRTEngine(fast.model, apply="reference")
+        way.model.holds = None
         put(way, two)
     except (RefitFailed, ProbeMismatch) as error:
         print(f"{name}: the official way failed: {error.what}")  # and was not acknowledged
     else:
         assert way.applied == "reference: asked for"
-        assert _same_bits(way._model.probe(), seen[1][2])
+        assert same_bits(way.model.probe(), seen[1][2])
 
 
 # ---------------------------------------------------------------------- faults
@@ -103,22 +103,22 @@ def test_an_exception_between_two_engines_leaves_the_previous_version(
     one, two = staged(made.module, 1), staged(made.module, 2)
     engine = TensorRTEngine(made, apply="fast")
     switched(tmp_path, engine, one, None, gate)
-    before, held = engine._model.probe(), engine.content_digest()
-    first, second = engine._model.resident.engines.values()
+    before, held = engine.model.probe(), engine.content_digest()
+    first, second = engine.model.resident.engines.values()
     real, calls = second.refit, iter([False])
     monkeypatch.setattr(second, "refit", lambda: next(calls, True) and real())
     with pytest.raises(RefitFailed):
         switched(tmp_path, engine, two, one, gate)
     assert gate.current is not None
     assert gate.current.version == "v1"
-    assert _same_bits(engine._model.probe(), before)
+    assert same_bits(engine.model.probe(), before)
     assert engine.content_digest() == held
     assert first is not second
 
 
 def test_tensorrt_rejects_a_weight_of_another_size_or_type_and_says_so() -> None:
     engine = TensorRTEngine(FAMILIES["mlp"](), apply="fast")
-    (live,) = engine._model.resident.engines.values()
+    (live,) = engine.model.resident.engines.values()
     name = sorted(live.weights)[0]
     dtype, numel = live.prototype(name)
     assert not live.set(name, torch.zeros(numel + 1, dtype=dtype, device="cuda"))
@@ -156,8 +156,8 @@ def test_a_module_compiled_before_and_one_loaded_from_disk_are_taken_as_they_are
     for taken in (module, loaded):
         engine = TensorRTEngine(made, apply="fast", compiled_module=taken, build=_never)
         put(engine, one)
-        answers.append(engine._model.probe())
-    assert _same_bits(*answers)
+        answers.append(engine.model.probe())
+    assert same_bits(*answers)
 
 
 def _never(_recipe: Recipe) -> Any:
@@ -172,17 +172,17 @@ def test_a_refitted_engine_is_saved_by_torch_tensorrt_and_loads_again_refittable
     one, two = staged(made.module, 1), staged(made.module, 2)
     engine = TensorRTEngine(made, apply="fast")
     put(engine, one)
-    model = engine._model
+    model = engine.model
     assert model.lower is not None
     now = {n: Compiled(live.serialize(), model.engines[n].inputs, model.engines[n].outputs)
            for n, live in model.resident.engines.items()}  # fmt: skip
     official.save_program(model.lower(), now, tmp_path / "m.ep")
     loaded = torch_tensorrt.load(str(tmp_path / "m.ep"))
-    assert _same_bits(loaded.module()(*model.recipe.args), model.probe())
+    assert same_bits(loaded.module()(*model.recipe.args), model.probe())
     again = TensorRTEngine(made, apply="fast", compiled_module=loaded, build=_never)
     put(again, two)
     put(engine, two)
-    assert _same_bits(again._model.probe(), engine._model.probe())
+    assert same_bits(again.model.probe(), engine.model.probe())
 
 
 def test_mutable_torch_tensorrt_module_agrees() -> None:
@@ -200,7 +200,7 @@ def test_mutable_torch_tensorrt_module_agrees() -> None:
     mutable(*inputs)
     engine = TensorRTEngine(made, apply="fast")
     put(engine, one)
-    mutable.load_state_dict({n: t.clone() for n, t in engine._model.tensors().items()})
+    mutable.load_state_dict({n: t.clone() for n, t in engine.model.tensors().items()})
     assert torch.allclose(mutable(*inputs), engine(*inputs), rtol=2e-3, atol=2e-3)
 
 
@@ -249,13 +249,13 @@ def test_several_contexts_answer_at_once_while_versions_change(tmp_path: Path) -
     previous: Staged | None = None
     for version_ in versions:
         switched(tmp_path, engine, version_, previous, gate)
-        answers[version_.serving.version] = engine(*engine._model.recipe.args).cpu()
+        answers[version_.serving.version] = engine(*engine.model.recipe.args).cpu()
         previous = version_
     wrong, asked, stop = [0], [0], threading.Event()
 
     def ask() -> None:
         with torch.cuda.stream(torch.cuda.Stream()):
-            inputs = [value.clone() for value in engine._model.recipe.args]  # type: ignore[attr-defined]
+            inputs = [value.clone() for value in engine.model.recipe.args]  # type: ignore[attr-defined]
             while not stop.is_set():
                 with gate.serving() as serving:
                     answer = engine(*inputs).cpu()
@@ -282,5 +282,5 @@ def test_a_dynamic_batch_stays_dynamic_after_a_refit() -> None:
     put(engine, staged(made.module, 1))
     for rows in (1, 7, 32):
         x = torch.randn(rows, 8, device="cuda")
-        expected = engine._model.recipe.module(x)
+        expected = engine.model.recipe.module(x)
         assert torch.allclose(engine(x), expected, rtol=5e-3, atol=5e-3)

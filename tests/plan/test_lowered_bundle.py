@@ -15,7 +15,7 @@ from refleet.worker.plan_build import Sources, build_plan
 from refleet.worker.recipe import Recipe
 from refleet.worker.tensorrt_engine import TensorRTEngine
 from refleet.worker.torch_trt import Compiled
-from refleet.worker.trt_model import Model, _same_bits, build_model
+from refleet.worker.trt_model import Model, build_model, same_bits
 from test_lowered_engine import staged
 from twin_engine import CPU, TwinEngine
 
@@ -83,7 +83,7 @@ def test_formulas_and_the_reference_graph_give_the_same_bits_after_loading(name:
     values = sources.drawn(99)
     one, two = (p.values(lambda n: sources.value(n, values), p.items) for p in (plan, found))
     for address in plan.items:
-        assert _same_bits(one(address), two(address))
+        assert same_bits(one(address), two(address))
     args, kwargs = recipe.args, dict(recipe.kwargs)
     own = bundle._own_recipe(args, kwargs, model.signature, CPU)
     own.module.load_state_dict(recipe.module.state_dict())

@@ -13,7 +13,7 @@ from refleet.common.tensors import spec_of, tensor_bytes
 from refleet.worker.recipe import Recipe
 from refleet.worker.tensorrt_engine import TensorRTEngine
 from refleet.worker.torch_trt import Compiled
-from refleet.worker.trt_model import _perturbed, _same_bits
+from refleet.worker.trt_model import perturbed, same_bits
 from twin_engine import CPU, TwinEngine
 
 NAMES = [
@@ -37,7 +37,7 @@ def engine_of(recipe: Recipe) -> TensorRTEngine:
 def staged(recipe: Recipe, seed: int) -> Staged:
     """A version with other weights of the same kind."""
     state = recipe.module.state_dict()
-    values = {name: _perturbed(f"{name} {seed}", tensor) for name, tensor in state.items()}
+    values = {name: perturbed(f"{name} {seed}", tensor) for name, tensor in state.items()}
     by_place = {tensor.data_ptr(): name for name, tensor in state.items() if tensor.numel()}
     values = {name: values[by_place.get(state[name].data_ptr(), name)] for name in state}  # ties stay tied
     specs = [spec_of(name, tensor) for name, tensor in values.items()]
@@ -56,11 +56,11 @@ def test_versions_go_in_on_the_fast_path_and_come_back(name: str) -> None:
         engine.prepare(version_, version_.names)
         engine.apply(version_, version_.names)
         probe = engine.probe()  # every output against PyTorch with the same weights
-        seen.append((probe, engine.content_digest(), engine._model.probe()))
+        seen.append((probe, engine.content_digest(), engine.model.probe()))
         assert dict(engine.read_back(sorted(version_.names))) == version_.digests
         assert engine.applied.startswith("fast: ")
     assert seen[0][:2] == seen[2][:2] != seen[1][:2]
-    assert _same_bits(seen[0][2], seen[2][2])
+    assert same_bits(seen[0][2], seen[2][2])
 
 
 @pytest.mark.parametrize("name", ["lstm", "merged_lora", "parts_in_torch", "tied", "llama"])
@@ -75,7 +75,7 @@ def test_one_tensor_at_a_time_gives_what_all_at_once_gives(name: str) -> None:
     engine.prepare(base, base.names)
     engine.apply(base, base.names)
     tensors, specs = dict(base.tensors), [entry.spec for entry in base.manifest.tensors]
-    ties = engine._model.plan.ties if engine._model.plan else {}
+    ties = engine.model.plan.ties if engine.model.plan else {}
     for number, tensor in enumerate(sorted(goal.names, reverse=True)):
         together = {other for other, kept in ties.items() if kept == ties.get(tensor)} | {tensor}
         tensors |= {other: goal.tensors[other] for other in together}
@@ -104,7 +104,7 @@ def test_an_engine_that_fails_its_proof_is_served_as_it_was_built() -> None:
     engine = TensorRTEngine(recipe, device=CPU, build=lambda _: compiled, load=load)
     assert engine.plan_summary.startswith("reference path only: TensorRT failed to refit")
     assert loads == [part, part]
-    engine._model.compare(engine._model.probe(), engine._model.reference())
+    engine.model.compare(engine.model.probe(), engine.model.reference())
 
 
 def test_an_engine_that_differs_from_pytorch_right_after_building_is_refused() -> None:
