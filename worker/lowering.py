@@ -80,12 +80,6 @@ class Lowering:
                     next="return the module with caches and statistics switched off",
                 )
 
-    @property
-    def signature(self) -> list[str]:
-        """Names of the graph's inputs, in the order of the flattened args and kwargs."""
-        graph = self._program.module().graph
-        return [node.name for node in graph.nodes if node.op == "placeholder"]
-
     def reference(self) -> fx.GraphModule:
         """The decomposed graph before any lowering: what PyTorch computes, with flat inputs and outputs."""
         module: fx.GraphModule = self._program.module()
@@ -173,9 +167,7 @@ class Lowering:
         module = graph.get_submodule(part)
         inputs = tt.partitioning.construct_submodule_inputs(module)
         if self.settings.truncate_double:
-            inputs = tt.repair_double_inputs(
-                graph, module, inputs, torch.device(self.settings.device.to(torch.device)), part
-            )
+            inputs = tt.repair_double_inputs(graph, module, inputs, tt.to_torch_device(self.settings.device), part)
         interpreter = tt.interpreter(
             module,
             inputs,

@@ -44,6 +44,7 @@ class Compiler:
     interpreter: Any
     output_dtypes: Any
     repair_double_inputs: Any
+    to_torch_device: Any
     settings: Any
     compile: Any
     trt: Any
@@ -61,6 +62,7 @@ def torch_tensorrt() -> Compiler:
         from torch_tensorrt.dynamo.conversion.impl.normalization import ops
         from torch_tensorrt.dynamo.conversion.truncate_double import repair_double_inputs
         from torch_tensorrt.dynamo.lowering.passes import constant_folding
+        from torch_tensorrt.dynamo.utils import to_torch_device
         import tensorrt  # isort: skip
     except Exception as error:  # without a driver it raises RuntimeError
         raise UsageError(
@@ -69,7 +71,7 @@ def torch_tensorrt() -> Compiler:
         ) from error
     return Compiler(
         lowering, partitioning, constant_folding, ops, DYNAMO_CONVERTERS, TRTInterpreter, infer_module_output_dtypes,
-        repair_double_inputs, CompilationSettings, dynamo.compile, tensorrt,
+        repair_double_inputs, to_torch_device, CompilationSettings, dynamo.compile, tensorrt,
     )  # fmt: skip
 
 

@@ -284,3 +284,13 @@ def test_a_dynamic_batch_stays_dynamic_after_a_refit() -> None:
         x = torch.randn(rows, 8, device="cuda")
         expected = engine.model.recipe.module(x)
         assert torch.allclose(engine(x), expected, rtol=5e-3, atol=5e-3)
+
+
+def test_doubles_are_truncated_where_the_recipe_says_so() -> None:
+    """Lowering such a module runs it on the GPU, so that no test without one covers it."""
+    module = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).double().eval()
+    options = {"min_block_size": 1, "truncate_double": True}
+    engine = TensorRTEngine(Recipe(module, (torch.randn(4, 8, dtype=torch.float64),), options=options))
+    version_ = staged(module, 1)
+    put(engine, version_)
+    assert dict(engine.read_back(sorted(version_.names))) == version_.digests
