@@ -245,7 +245,8 @@ def _norm_input(draws: list[_Draw], name: str, number: int, sources: Sources, co
     """Where an input of a batch norm comes from; "" if that is not known."""
     parts = [draw.norms[name].parts[number] for draw in draws]
     if all(_same(parts[0], part) for part in parts[1:]):
-        constants[f"{name}.{number}"] = parts[0]
+        # the converter has it on the CPU, and the formula takes it together with the module's own tensors
+        constants[f"{name}.{number}"] = parts[0].to(next(iter(sources.tensors.values())).device)
         return f"{name}.{number}"
     first, *others = (draw.candidates(part) for draw, part in zip(draws, parts, strict=True))
     found = first.intersection(*others)

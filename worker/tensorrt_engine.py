@@ -102,8 +102,7 @@ class TensorRTEngine:
         """TensorRT, GPU, torch, module class and a digest of the engines as they were built."""
         model, module = self._model, self._model.recipe.module
         where = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu"
-        inputs = digest_value((model.recipe.args, dict(model.recipe.kwargs)))
-        rest = digest_of(model.build, inputs, repr(self._maker.concurrent).encode()).hex()[:16]
+        rest = digest_of(model.build, model.inputs_digest, repr(self._maker.concurrent).encode()).hex()[:16]
         return f"{_version()}, {where}, torch {torch.__version__}, {type(module).__qualname__} {rest}"
 
     @property

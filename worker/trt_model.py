@@ -21,6 +21,7 @@ from . import compare
 from .live_engine import LiveEngine
 from .lowering import Lowering
 from .plan_build import build_plan
+from .probe import digest_value
 from .recipe import Recipe
 from .refit_plan import RefitPlan
 from .resident import Resident
@@ -53,6 +54,14 @@ class Model:
     build: bytes
     measured: dict[str, float] = field(default_factory=dict)
     holds: bytes | None = None
+    _inputs: bytes = b""
+
+    @property
+    def inputs_digest(self) -> bytes:
+        """Digest of the probe inputs, copied from the device once: they never change."""
+        if not self._inputs:
+            self._inputs = digest_value((self.recipe.args, dict(self.recipe.kwargs)))
+        return self._inputs
 
     def tensors(self) -> dict[str, Tensor]:
         """The version's tensors: the module's own memory."""
