@@ -14,7 +14,7 @@ from refleet.common.store import Store
 from refleet.common.tensors import spec_of, tensor_bytes
 from refleet.worker.apply import switch
 from refleet.worker.gate import Gate
-from refleet.worker.refit_plan import Item, Kind, RefitPlan
+from refleet.worker.refit_plan import Formula, Item, Kind, RefitPlan
 from refleet.worker.tensorrt_engine import TensorRTEngine
 from torch import Tensor
 from twin_engine import CPU, INPUTS, TORCH, A, B, Two, twins, two_model, two_plan, two_recipe
@@ -203,6 +203,16 @@ def test_a_weight_of_another_size_than_the_plan_says_is_not_covered() -> None:
     plan = dataclasses.replace(two_plan(), items=items)
     with pytest.raises(NotRefittable, match="second/bias CONSTANT"):
         two_model(two_recipe()).resident.check_covered(plan)
+
+
+def test_a_rule_that_can_not_be_computed_is_no_rule() -> None:
+    plan = dataclasses.replace(
+        two_plan(), formulas={"fold": Formula(two_plan().formulas["fold"].graph, ("shift", "order"))}
+    )
+    values = Two().state_dict()
+    values["shift"] = torch.zeros(2, 2, 7)
+    with pytest.raises(NotRefittable, match="'fold' can't be computed"):
+        plan.values({**values, "order": torch.zeros(2, 3, 5)}.__getitem__)((B, "second/weight CONSTANT"))
 
 
 def test_the_reference_path_needs_a_factory() -> None:

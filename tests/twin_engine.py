@@ -182,7 +182,7 @@ def two_model(recipe: Recipe, *, plan: RefitPlan | None = None, lower: Callable[
     module = recipe.module
     assert isinstance(module, Two)
     values = {name: tensor.detach() for name, tensor in module.state_dict().items()}
-    read = two_plan().values(values.__getitem__, two_plan().items)
+    read = two_plan().values(values.__getitem__)
 
     def weights(part: str) -> dict[str, Tensor]:
         return {name: read((owner, name)) for owner, name in two_plan().items if owner == part}

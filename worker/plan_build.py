@@ -58,7 +58,7 @@ def prove(plan: RefitPlan, lowering: Lowering, sources: Sources, *, seed: int = 
     """Lower with fresh values and compare every weight bit for bit. Raises: NotRefittable naming one that differs."""
     values = sources.drawn(seed, signed=True)
     network = lowering.network(values)
-    read = plan.values(lambda name: sources.value(name, values), plan.items)
+    read = plan.values(lambda name: sources.value(name, values))
     for part, weights in [*network.weights.items(), *network.attributes.items()]:
         plan.check_covers(part, weights)
         for name, value in weights.items():

@@ -154,22 +154,23 @@ class RefitPlan:
                 next="start the worker without the bundle, or build the bundle again",
             )
 
-    def values(self, read: Callable[[str], Tensor], addresses: Iterable[Address]) -> Values:
-        """Lazily evaluated values of `addresses` for the version whose tensors `read` gives, on their device."""
-        return Values(self, read, list(addresses))
+    def values(self, read: Callable[[str], Tensor]) -> Values:
+        """Lazily evaluated values of the weights for the version whose tensors `read` gives, on their device."""
+        return Values(self, read)
 
 
 class Values:
     """Values of some weights for one version; what several of them share is computed once."""
 
-    def __init__(self, plan: RefitPlan, read: Callable[[str], Tensor], addresses: list[Address]):
-        self._plan, self._read, self.addresses = plan, read, addresses
+    def __init__(self, plan: RefitPlan, read: Callable[[str], Tensor]):
+        self._plan, self._read = plan, read
         self._derived: dict[str, Tensor] = {}
 
     def __call__(self, address: Address) -> Tensor:
         """The weight in its dtype and shape, contiguous. May share memory with the version's tensor, never write to it.
 
-        Raises: NotRefittable for a weight without a rule, or one whose computed shape is not the engine's.
+        Raises: NotRefittable for a weight without a rule, one that can't be computed, or has another size than the
+        engine's.
         """
         item = self._plan.items[address]
         if item.kind is Kind.UNKNOWN:
@@ -189,8 +190,12 @@ class Values:
             return self._read(name)
         if name not in self._derived:
             formula = self._plan.formulas[name]
-            with torch.no_grad():
-                self._derived[name] = formula.module(*(self._origin(i) for i in formula.inputs))
+            inputs = [self._origin(i) for i in formula.inputs]
+            try:
+                with torch.no_grad():
+                    self._derived[name] = formula.module(*inputs)
+            except Exception as error:  # whatever its operations raise: then it is no rule
+                raise NotRefittable(f"{name!r} can't be computed: {type(error).__name__}: {error}") from error
         return self._derived[name]
 
 

@@ -116,7 +116,7 @@ class Resident:
         """
         wanted = list(plan.items) if self.poisoned else list(addresses)
         wanted = [address for address in wanted if self._is_live(address)]
-        values = plan.values(read, wanted)
+        values = plan.values(read)
         staged = {}
         for address in wanted:
             item = plan.items[address]

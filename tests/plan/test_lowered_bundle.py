@@ -81,7 +81,7 @@ def test_formulas_and_the_reference_graph_give_the_same_bits_after_loading(name:
     assert (found.ties, found.unused, found.unproven) == (plan.ties, plan.unused, plan.unproven)
     sources = Sources.of(lowering)
     values = sources.drawn(99)
-    one, two = (p.values(lambda n: sources.value(n, values), p.items) for p in (plan, found))
+    one, two = (p.values(lambda n: sources.value(n, values)) for p in (plan, found))
     for address in plan.items:
         assert same_bits(one(address), two(address))
     args, kwargs = recipe.args, dict(recipe.kwargs)
