@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -115,8 +116,10 @@ class Lowering:
                 for part, child in parts_of(graph).items():
                     if not part.startswith(ENGINE):
                         found.attributes[part] = {n: t.detach() for n, t in child.state_dict(keep_vars=True).items()}
-                    elif interpret:
-                        found.weights[part] = self._interpreted(tt, graph, part)
+                        continue
+                    inputs = self._inputs(tt, graph, part)
+                    if interpret:
+                        found.weights[part] = self._interpreted(tt, child, inputs)
             except RefleetError:
                 raise
             except Exception as error:
@@ -162,12 +165,17 @@ class Lowering:
                 pass  # as compile does
         return graph_of(tt.partitioning.global_partition(module, **arguments))
 
-    def _interpreted(self, tt: Compiler, graph: fx.GraphModule, part: str) -> dict[str, Tensor]:
-        """The engine's weights by name: what building it from this network would make refittable."""
+    def _inputs(self, tt: Compiler, graph: fx.GraphModule, part: str) -> Any:
+        """The inputs that the engine is built for. Where doubles are truncated, `graph` gets casts around the part."""
         module = graph.get_submodule(part)
         inputs = tt.partitioning.construct_submodule_inputs(module)
         if self.settings.truncate_double:
             inputs = tt.repair_double_inputs(graph, module, inputs, tt.to_torch_device(self.settings.device), part)
+            graph.recompile()
+        return inputs
+
+    def _interpreted(self, tt: Compiler, module: fx.GraphModule, inputs: Any) -> dict[str, Tensor]:
+        """The engine's weights by name: what building it from this network would make refittable."""
         interpreter = tt.interpreter(
             module,
             inputs,

@@ -38,7 +38,8 @@ def as_compiled(
         if node.op == "call_module" and name in engines:
             output = next(n for n in graph.get_submodule(name).graph.nodes if n.op == "output")  # type: ignore[union-attr]
             node.meta["val"] = [result.meta["val"] for result in output.all_input_nodes]  # what saving it asks for
-            setattr(graph, name, _engine_module(engines[name], name, made, to_save=to_save))
+            part = graph.get_submodule(name)
+            setattr(graph, name, _engine_module(engines[name], name, made, part if to_save else None))
     return graph
 
 
@@ -55,7 +56,7 @@ def save_program(lowering: Lowering, engines: Mapping[str, Compiled], path: Path
             recipe, module = lowering.recipe, as_compiled(lowering, engines, to_save=True)
             offered = {
                 "arg_inputs": list(recipe.args), "kwarg_inputs": dict(recipe.kwargs),
-                "dynamic_shapes": recipe.dynamic_shapes, "output_format": "exported_program", "pickle_protocol": 4,
+                "dynamic_shapes": recipe.dynamic_shapes, "output_format": "exported_program",
             }  # fmt: skip
             try:
                 call(partial(torch_tensorrt.save, module, str(temp)), offered)
@@ -134,14 +135,25 @@ def _from_state(engine: Any) -> Compiled:
     return Compiled(plan, *names)
 
 
-def _engine_module(engine: Compiled, name: str, settings: Any, *, to_save: bool) -> nn.Module:
+def _engine_module(engine: Compiled, name: str, settings: Any, part: nn.Module | None) -> nn.Module:
+    """torch_tensorrt's own module around the engine; with the `part` that was lowered, one that can be saved."""
     from torch_tensorrt.dynamo import runtime
 
     # the Python runtime's own class is gone in newer versions, where the other one does both
-    python: Any = None if to_save else getattr(runtime, "PythonTorchTensorRTModule", None)
+    python: Any = None if part is not None else getattr(runtime, "PythonTorchTensorRTModule", None)
     kind = python or runtime.TorchTensorRTModule
     made: nn.Module = kind(
         serialized_engine=engine.plan, input_binding_names=list(engine.inputs),
         output_binding_names=list(engine.outputs), name=name, settings=settings,
+        **({} if part is None else _shape_expressions(part)),
     )  # fmt: skip
     return made
+
+
+def _shape_expressions(part: nn.Module) -> dict[str, Any]:
+    """How shapes of outputs follow from those of inputs: what export asks an engine for since torch_tensorrt 2.11."""
+    try:
+        from torch_tensorrt.dynamo.conversion import _symbolic_shape_capture as capture
+    except ImportError:
+        return {}
+    return {"symbolic_shape_expressions": capture.extract_symbolic_shape_expressions(part)}

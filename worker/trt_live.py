@@ -120,15 +120,18 @@ class TensorRTLive:
         return self._serialized(self._engine, with_weights=with_weights)
 
     def content(self) -> bytes:
-        """Serialized, loaded and serialized again: from then on the bytes are the same, whether the weights came by a
-        fast refit, by `refit_module_weights`, or with the plan. Takes memory for a second engine. Raises: RefitFailed.
+        """The bytes that this engine serializes to, however it came to its weights and how often it was loaded.
+
+        Each loading turns the order of TensorRT's own tables around, so that an engine has two forms; this is the
+        smaller one. Takes memory for a second engine. Raises: RefitFailed.
         """
-        again = self._runtime.deserialize_cuda_engine(self.serialize())
+        one = self.serialize()
+        again = self._runtime.deserialize_cuda_engine(one)
         if again is None:
             raise RefitFailed(
                 f"{version()} can't load what it serialized of {self.name}: no memory for another engine?"
             )
-        return self._serialized(again)
+        return min(one, self._serialized(again))
 
     def _serialized(self, engine: Any, *, with_weights: bool = True) -> bytes:
         trt = self._trt

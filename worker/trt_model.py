@@ -113,8 +113,10 @@ def build_model(
 ) -> Model:  # fmt: skip
     """Compile the recipe's module, or take `engines` that were compiled from it, and prove them against PyTorch.
 
+    Engines that were given may hold other weights than the module has now: they get the module's.
     Raises: NotRefittable when it can't be compiled, or when the engine differs from PyTorch right away.
     """
+    given = engines is not None
     try:
         recipe = on_device(recipe, device)
     except torch.OutOfMemoryError as error:
@@ -134,15 +136,26 @@ def build_model(
     resident = loaded(engines)
     model = Model(recipe, signature, resident, engines, None, "", lambda: lowering, build_digest(engines))
     on_step("comparing the engine with PyTorch")
-    _compare_as_built(model)
+    differs = _difference_as_built(model)
+    if differs and not given:
+        raise NotRefittable(
+            f"right after building, the engine does not compute what PyTorch does: {differs}",
+            next="this version of TensorRT miscompiles the model: try another version, or other options in the recipe",
+        )
     try:
         model.plan = build_plan(lowering, on_step=on_step) if plan is None else plan
         resident.check_covered(model.plan)
         on_step("proving the refit plan on the engine")
-        prove_on_engine(model)
+        prove_on_engine(model, as_built=not differs)
     except (NotRefittable, RefitFailed, ProbeMismatch) as error:
-        model.plan, model.why_not_fast = None, error.what
         resident.close()  # the proof may have left other weights in it
+        if differs:
+            raise NotRefittable(
+                f"the compiled module does not compute what the recipe's module does ({differs}), "
+                f"and its weights can't be replaced: {error.what}",
+                next="give the module that it was compiled from, with the weights that it had",
+            ) from error
+        model.plan, model.why_not_fast = None, error.what
         model.resident = loaded(engines)
     return model
 
@@ -155,8 +168,8 @@ def build_digest(engines: Mapping[str, Compiled]) -> bytes:
 def prove_on_engine(model: Model, *, as_built: bool = True) -> None:
     """Refit everything twice and see that the engine follows PyTorch, and comes back to the bit.
 
-    The first refit is the slow one of the refitter's life. `as_built=False`: the engine holds no weights yet, and the
-    module none that mean anything. Raises: RefitFailed, NotRefittable, ProbeMismatch.
+    The first refit is the slow one of the refitter's life. `as_built=False`: the engine holds no weights yet, or others
+    than the module. Raises: RefitFailed, NotRefittable, ProbeMismatch.
     """
     plan = model.plan
     assert plan is not None
@@ -193,16 +206,15 @@ def warm(model: Model) -> None:
         raise ProbeMismatch("an identity refit by the plan changes what refit_module_weights put in")
 
 
-def _compare_as_built(model: Model) -> None:
+def _difference_as_built(model: Model) -> str:
+    """How the engine differs from PyTorch before any refit; "" and the distances in `model.measured` if it does not."""
     found = compare.differences(model.probe(), model.reference())
     try:
         compare.check(found, {d.where: 1.0 for d in found}, tolerance=model.recipe.tolerance)
     except ProbeMismatch as error:
-        raise NotRefittable(
-            f"right after building, the engine does not compute what PyTorch does: {error.what}",
-            next="this version of TensorRT miscompiles the model: try another version, or other options in the recipe",
-        ) from error
+        return error.what
     model.measured = {difference.where: difference.error for difference in found}
+    return ""
 
 
 def _refit_all(model: Model, plan: RefitPlan, values: Mapping[str, Tensor]) -> None:

