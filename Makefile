@@ -5,6 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test test-plan check lint types imports bench typing servers clean
+.PHONY: bench-codec bench-scale bench-links bench-check
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -30,6 +31,22 @@ imports: $(VENV)/.dev typing
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/publish_to_served.py
+
+# Bytes and speed of the codec against other codecs, on checkpoints that it trains first (6 minutes, kept in ~/.cache).
+bench-codec: $(VENV)-bench/.bench
+	$(VENV)-bench/bin/python benchmarks/codec_peers.py
+
+# What another worker, gigabyte or tensor costs.
+bench-scale: $(VENV)/.dev
+	$(BIN)/python benchmarks/scale.py
+
+# Over links of 10, 1 and 0.1 Gbit/s between two network namespaces: Linux, as root.
+bench-links: $(VENV)/.dev
+	$(BIN)/python benchmarks/links.py
+
+# Fails when the codec became larger or slower than benchmarks/ratios.json says.
+bench-check: $(VENV)/.dev
+	$(BIN)/python benchmarks/check.py
 
 # The packages as mypy and import-linter see them: an editable install maps them by a hook that neither follows.
 typing:
@@ -61,5 +78,11 @@ $(VENV)-plan/.plan: pyproject.toml constraints-plan.txt
 	$(VENV)-plan/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-plan.txt -e '.[plan]'
 	@touch $@
 
+# Other codecs, in an environment of their own: what they bring along (a plugin for pytest) is not for the tests.
+$(VENV)-bench/.bench: pyproject.toml constraints.txt benchmarks/requirements.txt
+	$(PYTHON) -m venv $(VENV)-bench
+	$(VENV)-bench/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . -r benchmarks/requirements.txt
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-plan .typing build ./*.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VENV)-plan $(VENV)-bench .typing build ./*.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,12 +1,16 @@
 """Blocks of tensor bytes <-> encoded bytes: which codecs there are, and which one a block gets.
 
-A block is at most `LIMITS.block_bytes` of one tensor, a flat uint8 array (it may be read-only and need not be aligned),
-encoded by itself. Everything works on bit patterns, never on float values: -0.0 and NaN payloads survive, and a change
-from +0.0 to -0.0 is a change. The functions are safe to call from several threads at once.
+A block is at most `LIMITS.block_bytes` of elements of one dtype, a flat uint8 array (it may be read-only, need not be
+aligned, and may hold several small tensors), encoded by itself. Everything works on bit patterns, never on float
+values: -0.0 and NaN payloads survive, and a change from +0.0 to -0.0 is a change. The functions are safe to call from
+several threads at once.
 
     raw     the bytes
-    zstd    byte planes, compressed where that pays     zstd.py
-    sparse  changed elements relative to the base       sparse.py
+    same    nothing: the block is its base
+    sparse  changed elements relative to the base, by class of their exponent      sparse.py
+    dense   byte planes of the differences to the base                             planes.py
+    split   byte planes, the exponent by itself                                    planes.py
+    zstd    byte planes                                                            planes.py
 """
 
 from __future__ import annotations
@@ -14,24 +18,32 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from . import zstd
+from . import kernels
 from .errors import MalformedRecord
-from .sparse import Sparse
-from .zstd import Zstd
+from .kernels_types import KINDS, PLAIN, ROTATED, STEPPED, Bytes, Kind
+from .limits import KIB
+from .planes import Planes
+from .sparse import Sparse, is_unchanged, sampled
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-Bytes = NDArray[np.uint8]
+RAW_ABOVE = 0.98  # of the block's size: what saves less goes raw
+# Up to this share of changed elements `sparse` beats everything else whatever the values are; above, a probe decides.
+SPARSE_SHARE_2_BYTES, SPARSE_SHARE = 0.12, 0.05
+PROBE_PIECES, PROBE_PIECE_BYTES = 64, 1 * KIB  # the probe encodes 64 KiB of a block with every codec
+PROBE_ALL_BYTES = 2 * PROBE_PIECES * PROBE_PIECE_BYTES  # smaller blocks are encoded whole with every codec
 
 
 class Codec(Protocol):
     """Encodes one block. A decoder meets arbitrary bytes: it must check every count and size before it allocates."""
 
-    id: int
-    name: str
+    @property
+    def id(self) -> int: ...
+
+    @property
+    def name(self) -> str: ...
 
     def encode(self, new: Bytes, base: Bytes | None, *, dtype: str) -> bytes | memoryview | None:
         """`new` encoded, relative to `base` where there is one; None: the codec does not pay or does not apply."""
@@ -39,7 +51,7 @@ class Codec(Protocol):
     def decode(self, encoded: Buffer, out: Bytes, base: Bytes | None, *, dtype: str) -> None:
         """Fills `out` completely, or raises MalformedRecord or LimitExceeded; never touches anything beyond it.
 
-        After an error the content of `out` is undefined.
+        `out` may be the same memory as `base`. After an error the content of `out` is undefined.
         """
 
 
@@ -61,10 +73,37 @@ class Raw:
         out[:] = np.frombuffer(view, np.uint8)
 
 
-_RAW, _ZSTD, _SPARSE = Raw(), Zstd(), Sparse()
-RAW, ZSTD, SPARSE = _RAW.id, _ZSTD.id, _SPARSE.id
-#: codec id on the wire -> codec
-CODECS: dict[int, Codec] = {RAW: _RAW, ZSTD: _ZSTD, SPARSE: _SPARSE}
+class Same:
+    """The codec `same`: the block is its base, bit for bit."""
+
+    id = 3
+    name = "same"
+
+    def encode(self, new: Bytes, base: Bytes | None, *, dtype: str) -> bytes | None:  # noqa: ARG002
+        """No bytes at all; None where there is no base or anything differs."""
+        return b"" if base is not None and not kernels.changed(new, base) else None
+
+    def decode(self, encoded: Buffer, out: Bytes, base: Bytes | None, *, dtype: str) -> None:  # noqa: ARG002
+        """Copies the base, unless `out` is its memory. Raises: MalformedRecord."""
+        if base is None or base.size != out.size:
+            raise MalformedRecord("a same block without a base of its size")
+        if memoryview(encoded).nbytes:
+            raise MalformedRecord(f"a same block with {memoryview(encoded).nbytes} bytes too many")
+        if out.size and out.ctypes.data != base.ctypes.data:
+            out[:] = base
+
+
+_RAW, _SAME, _SPARSE = Raw(), Same(), Sparse()
+_ZSTD, _DENSE, _SPLIT = Planes(1, "zstd", PLAIN), Planes(5, "dense", STEPPED), Planes(6, "split", ROTATED)
+RAW, ZSTD, SAME, SPARSE, DENSE, SPLIT = _RAW.id, _ZSTD.id, _SAME.id, _SPARSE.id, _DENSE.id, _SPLIT.id
+#: codec id on the wire -> codec; 2 was an earlier layout of `sparse`
+CODECS: dict[int, Codec] = {c.id: c for c in (_RAW, _ZSTD, _SAME, _SPARSE, _DENSE, _SPLIT)}
+_WITH_BASE = frozenset({SAME, SPARSE, DENSE})
+
+
+def needs_base(codec_id: int) -> bool:
+    """Whether decoding a block of this codec takes the base's bytes."""
+    return codec_id in _WITH_BASE
 
 
 def encode_block(new: Bytes, base: Bytes | None, *, dtype: str) -> tuple[int, Buffer]:
@@ -73,18 +112,65 @@ def encode_block(new: Bytes, base: Bytes | None, *, dtype: str) -> tuple[int, Bu
     A result of codec `raw` is a view of `new`.
     """
     assert base is None or base.size == new.size, "base and new differ in size"
-    sparse = _SPARSE.encode(new, base, dtype=dtype)
-    if sparse is not None and len(sparse) < zstd.estimate_bytes(new, dtype=dtype):
-        return SPARSE, sparse
-    planes = _ZSTD.encode(new, None, dtype=dtype)
-    # a tie goes to the simpler codec
-    candidates: list[tuple[int, bytes | memoryview | None]] = [(RAW, new.data), (ZSTD, planes), (SPARSE, sparse)]
-    return min(((codec, data) for codec, data in candidates if data is not None), key=lambda found: len(found[1]))
+    if new.size == 0:
+        return RAW, new.data
+    tried: bytes | None = None
+    if base is not None:
+        kind = KINDS[dtype]
+        sample = sampled(new, base, kind)
+        sparse_share = _sparse_share(kind)
+        if sample.share <= sparse_share:
+            limit = int(2 * sparse_share * (new.size // kind.width)) + 1  # samples can miss where most changed
+            tried = _SPARSE.encode_sampled(new, base, kind, sample, limit=limit)
+            if tried is not None and is_unchanged(tried):
+                return SAME, b""
+            if tried is not None and len(tried) <= sparse_share * new.size:
+                return SPARSE, tried
+    found = _best(new, base, dtype, tried)
+    return found if found is not None else (RAW, new.data)
+
+
+def _sparse_share(kind: Kind) -> float:
+    return SPARSE_SHARE_2_BYTES if kind.width == 2 and kind.mantissa else SPARSE_SHARE
+
+
+def _best(new: Bytes, base: Bytes | None, dtype: str, tried: bytes | None) -> tuple[int, Buffer] | None:
+    """The codec that makes the least of a probe, and what it makes of the block; None where that is no gain.
+
+    `tried` is what `sparse` made of the block, where that is known.
+    """
+    whole = new.size <= PROBE_ALL_BYTES
+    probe, before = (new, base) if whole else (_probe(new), None if base is None else _probe(base))
+    sizes: dict[int, float] = {}
+    results: dict[int, Buffer | None] = {}
+    for codec in (_SPARSE, _DENSE, _SPLIT, _ZSTD):
+        known = tried is not None and codec is _SPARSE
+        encoded: Buffer | None = tried if known else codec.encode(probe, before, dtype=dtype)
+        if encoded is not None:
+            sizes[codec.id] = memoryview(encoded).nbytes / (new.size if known else probe.size)
+        if whole or known:
+            results[codec.id] = encoded
+    # a probe is too short for the tables of some codes: what it makes of a block is tried in this order
+    for number in sorted(sizes, key=lambda number: sizes[number])[:2]:
+        if sizes[number] >= RAW_ABOVE:
+            break
+        encoded = results[number] if number in results else CODECS[number].encode(new, base, dtype=dtype)
+        if encoded is not None and memoryview(encoded).nbytes < RAW_ABOVE * new.size:
+            return number, encoded
+    return None
+
+
+def _probe(block: Bytes) -> Bytes:
+    """Pieces spread over a block, elements whole."""
+    stride = block.size // PROBE_PIECES // 8 * 8
+    spread = block[: stride * PROBE_PIECES].reshape(PROBE_PIECES, stride)[:, :PROBE_PIECE_BYTES]
+    return np.ascontiguousarray(spread).reshape(-1)
 
 
 def decode_block(codec: int, encoded: Buffer, out: Bytes, base: Bytes | None, *, dtype: str) -> None:
     """Fills `out` from an encoded block; `base` as it was given to `encode_block`, same size as `out`.
 
+    `out` may be the same memory as `base`: then a delta is applied in place, and after an error the base is lost.
     Raises: MalformedRecord for an unknown codec or anything that its encoder did not write, LimitExceeded for a
     zstd frame that declares more than belongs there. After an error the content of `out` is undefined.
     """

@@ -29,11 +29,14 @@ class Settings:
     key: Path | None = None  # private key that signs records
     trust: Path | None = None  # public keys whose records are accepted
     crash_at: str = ""  # for tests: see crashpoint.py
+    payload_redis: str = field(default="", repr=False)  # server of the payloads; "": the same one
+    read_from: str = field(default="", repr=False)  # replica that a worker reads from; "": none
+    carrier: str = "auto"  # of payloads: auto, stream, blobs
 
 
 def settings(environ: Mapping[str, str]) -> Settings:
-    """Settings out of `environ` (REFLEET_REDIS, REFLEET_STORE, REFLEET_KEY, REFLEET_TRUST, REFLEET_CRASH_AT) over the
-    TOML file REFLEET_CONFIG, or `refleet.toml` in the current folder if there is one, with the same keys in lower case.
+    """Settings out of `environ` (REFLEET_REDIS, REFLEET_STORE and so on, one for each field) over the TOML file
+    REFLEET_CONFIG, or `refleet.toml` in the current folder if there is one, with the same keys in lower case.
 
     An empty variable counts as unset. A relative path in the file starts at the file's folder. Raises: UsageError.
     """

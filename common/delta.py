@@ -1,53 +1,38 @@
 """What turns a base version into a target: the plan, the body in blocks and chunks, and the index that names them.
 
-    plan -> blocks (codec.py, in threads) -> body -> chunks of LIMITS.chunk_bytes -> index
-
-Both directions read tensors out of a store and never hold more than a few blocks and chunks in memory.
+plan -> blocks (layout.py, codec.py, in threads) -> body -> chunks of LIMITS.chunk_bytes -> index
 """
 
 from __future__ import annotations
 
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from . import codec, wire
 from .digest import digest_of
-from .errors import DamagedTensor, MalformedRecord, WrongBase
+from .errors import MalformedRecord, WrongBase
+from .layout import Bytes, Span, gathered
 from .limits import LIMITS
+from .threads import cores, in_order
 from .types import Block, DeltaTensor, Index, Manifest, TensorEntry
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-    from .store import Store
-
-T = TypeVar("T")
-R = TypeVar("R")
-Bytes = NDArray[np.uint8]
-
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One line of a delta: a tensor to carry, relative to `base` (a digest) where there is one.
+    """One line of a delta. `base`: digest of the base's tensor that it is relative to, where there is one."""
 
-    `carried` is false where the receiver finds the same bytes by digest: in its base or earlier in this delta.
-    """
-
-    entry: TensorEntry
+    tensor: DeltaTensor
     base: bytes | None
-    carried: bool
 
 
 def plan(target: Manifest, base: Manifest | None, *, lacks: Iterable[bytes] = ()) -> list[Part]:
-    """The parts that a receiver needs who holds `base`, except the objects whose digests are in `lacks`."""
+    """The parts that a receiver needs who holds `base`, except the objects whose digests are in `lacks`; by name."""
     missing = frozenset(lacks)
     at_hand = {entry.digest for entry in base.tensors} - missing if base else set()
     parts = []
@@ -58,7 +43,8 @@ def plan(target: Manifest, base: Manifest | None, *, lacks: Iterable[bytes] = ()
         usable = before is not None and before.spec == entry.spec and before.digest in at_hand and before != entry
         carried = entry.digest not in at_hand and entry.spec.size_bytes > 0
         at_hand.add(entry.digest)
-        parts.append(Part(entry, before.digest if usable and before else None, carried))
+        tensor = DeltaTensor(entry.spec, entry.digest, carried, carried and usable)
+        parts.append(Part(tensor, before.digest if tensor.based and before else None))
     return parts
 
 
@@ -67,59 +53,46 @@ def removed(target: Manifest, base: Manifest | None) -> tuple[str, ...]:
     return tuple(name for name in base.by_name if name not in target.by_name) if base else ()
 
 
-def in_order(task: Callable[[T], R], items: Iterable[T], *, threads: int) -> Iterator[R]:
-    """`map` over threads that keeps the order and looks at most `threads + 1` items ahead: memory stays bounded."""
-    if threads <= 1:
-        yield from map(task, items)
-        return
-    with ThreadPoolExecutor(threads, thread_name_prefix="refleet-codec") as pool:
-        waiting: deque[Future[R]] = deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(task, item))
-                if len(waiting) > threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+@dataclass(frozen=True, slots=True)
+class Input:
+    """A carried tensor's bytes, and those of the base that it is relative to."""
+
+    dtype: str
+    new: Bytes
+    base: Bytes | None
 
 
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+@dataclass(frozen=True, slots=True)
+class _Task:
+    dtype: str
+    inputs: tuple[Input, ...]
+    spans: tuple[Span, ...]
 
 
 class Encoder:
-    """Encodes `parts`, the plan from `base` to `target`, out of `store`: iterate `chunks()` once, then ask for
-    `index()`."""
+    """Encodes carried tensors, given in body order: iterate `chunks()` once, then ask for `index()`.
 
-    def __init__(
-        self,
-        store: Store,
-        parts: list[Part],
-        *,
-        base: Manifest | None,
-        target: Manifest,
-        chunk_bytes: int = LIMITS.chunk_bytes,
-        threads: int = 0,
-    ):
-        self._store, self._parts, self._base, self._target = store, parts, base, target
-        self._chunk_bytes, self._threads = chunk_bytes, threads or cores()
-        self._blocks: dict[int, list[Block]] = {n: [] for n in range(len(parts))}
+    Inputs are taken one at a time while blocks are encoded in threads and chunks are used: whoever makes them may still
+    be reading the next tensor. Their bytes must not change until the last chunk was taken.
+    """
+
+    def __init__(self, inputs: Iterable[Input], *, chunk_bytes: int = LIMITS.chunk_bytes, threads: int = 0):
+        self._inputs, self._chunk_bytes, self._threads = inputs, chunk_bytes, threads or cores()
+        self._blocks: list[Block] = []
         self._chunks: list[bytes] = []
         self._body_bytes = 0
 
-    def chunks(self) -> Iterator[memoryview]:
-        """The body, cut every `chunk_bytes`; a chunk is valid for ever, nothing reuses its memory.
+    @property
+    def body_bytes(self) -> int:
+        """Encoded bytes so far."""
+        return self._body_bytes
 
-        Raises: DamagedTensor when the store can't give back a tensor of the target.
-        """
+    def chunks(self) -> Iterator[memoryview]:
+        """The body, cut every `chunk_bytes`; a chunk is valid for ever, nothing reuses its memory."""
         chunk, filled = bytearray(self._chunk_bytes), 0
-        for number, codec_id, encoded in in_order(self._encode, self._tasks(), threads=self._threads):
+        for size, codec_id, encoded in in_order(_encode, self._tasks(), threads=self._threads):
             rest = memoryview(encoded).cast("B")
-            self._blocks[number].append(Block(codec_id, len(rest)))
+            self._blocks.append(Block(codec_id, size, len(rest)))
             self._body_bytes += len(rest)
             while len(rest):
                 take = min(len(rest), self._chunk_bytes - filled)
@@ -131,46 +104,58 @@ class Encoder:
         if filled:
             yield self._finish(memoryview(chunk)[:filled])
 
-    def index(self) -> Index:
-        """The table of everything that `chunks()` gave."""
-        tensors = tuple(
-            DeltaTensor(part.entry.spec, part.entry.digest, tuple(self._blocks[n]))
-            for n, part in enumerate(self._parts)
-        )
+    def index(self, tensors: Iterable[DeltaTensor], *, target: Manifest, base: Manifest | None) -> Index:
+        """The table of everything that `chunks()` gave; `tensors` changed, the carried ones among them the inputs."""
         return Index(
-            self._base.fingerprint if self._base else None, self._target.fingerprint, tensors, self._chunk_bytes,
-            self._body_bytes, tuple(self._chunks), removed(self._target, self._base),
+            base.fingerprint if base else None, target.fingerprint,
+            tuple(sorted(tensors, key=lambda tensor: tensor.spec.name.encode())), tuple(self._blocks),
+            self._chunk_bytes, self._body_bytes, tuple(self._chunks), removed(target, base),
         )  # fmt: skip
 
     def _finish(self, chunk: memoryview) -> memoryview:
         self._chunks.append(digest_of(chunk))
         return chunk
 
-    def _tasks(self) -> Iterator[tuple[int, str, Bytes, Bytes | None]]:
-        for number, part in enumerate(self._parts):
-            if not part.carried:
-                continue
-            new = as_bytes(self._store.read(part.entry.digest, verify=True))
-            base = self._read_base(part.base)
-            for start in range(0, new.size, LIMITS.block_bytes):
-                piece = slice(start, start + LIMITS.block_bytes)
-                yield number, part.entry.spec.dtype, new[piece], None if base is None else base[piece]
+    def _tasks(self) -> Iterator[_Task]:
+        """Blocks of up to LIMITS.block_bytes, each of one group."""
+        inputs: list[Input] = []
+        spans: list[Span] = []
+        filled = 0
 
-    def _read_base(self, digest: bytes | None) -> Bytes | None:
-        if digest is None:
-            return None
-        try:
-            return as_bytes(self._store.read(digest, verify=True))
-        except DamagedTensor:
-            # the receivers' copies are their own; here it only means that this tensor travels whole
-            self._store.forget(digest)
-            return None
+        def taken() -> _Task:
+            return _Task(inputs[0].dtype, tuple(inputs), tuple(spans))
 
-    @staticmethod
-    def _encode(task: tuple[int, str, Bytes, Bytes | None]) -> tuple[int, int, Buffer]:
-        number, dtype, new, base = task
-        codec_id, encoded = codec.encode_block(new, base, dtype=dtype)
-        return number, codec_id, encoded
+        for each in self._inputs:
+            if inputs and (inputs[0].dtype, inputs[0].base is None) != (each.dtype, each.base is None):
+                yield taken()
+                inputs, spans, filled = [], [], 0
+            start = 0
+            while start < each.new.size:
+                size = min(each.new.size - start, LIMITS.block_bytes - filled)
+                spans.append(Span(len(inputs), start, size))
+                inputs.append(each)
+                start, filled = start + size, filled + size
+                if filled == LIMITS.block_bytes:
+                    yield taken()
+                    inputs, spans, filled = [], [], 0
+        if inputs:
+            yield taken()
+
+
+def _encode(task: _Task) -> tuple[int, int, Buffer]:
+    new = gathered(task.spans, lambda number: task.inputs[number].new, which=0)
+    base = None
+    if task.inputs[0].base is not None:
+        base = gathered(task.spans, lambda number: _base(task.inputs[number]), which=1)
+    codec_id, encoded = codec.encode_block(new, base, dtype=task.dtype)
+    if codec_id == codec.RAW and len(task.spans) > 1:  # a view of this thread's scratch
+        encoded = bytes(encoded)
+    return new.size, codec_id, encoded
+
+
+def _base(found: Input) -> Bytes:
+    assert found.base is not None
+    return found.base
 
 
 def as_bytes(data: Buffer) -> Bytes:
@@ -198,6 +183,10 @@ def target_manifest(index: Index, base: Manifest | None) -> Manifest:
     if index.base != (base.fingerprint if base else None):
         raise WrongBase("the delta is relative to a version that is not held here")
     entries = dict(base.by_name) if base else {}
+    for tensor in index.tensors:
+        before = entries.get(tensor.spec.name)
+        if tensor.based and (before is None or before.spec != tensor.spec):
+            raise WrongBase(f"the delta builds on a tensor {tensor.spec} that its base does not have")
     for name in index.removed:
         if entries.pop(name, None) is None:
             raise MalformedRecord(f"the delta's index removes {name[:60]!r}, which its base does not have")
@@ -206,33 +195,3 @@ def target_manifest(index: Index, base: Manifest | None) -> Manifest:
         return Manifest.of(entries.values())
     except ValueError as error:
         raise MalformedRecord(f"the delta's index: {error}") from None
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """Where one tensor's blocks lie in the body."""
-
-    tensor: DeltaTensor
-    offset: int
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(block.encoded_bytes for block in self.tensor.blocks)
-
-
-def slots(index: Index) -> list[Slot]:
-    """The carried tensors of `index` with their offsets in the body."""
-    sizes = (sum(block.encoded_bytes for block in tensor.blocks) for tensor in index.tensors)
-    offsets = accumulate(sizes, initial=0)
-    return [Slot(tensor, offset) for tensor, offset in zip(index.tensors, offsets, strict=False) if tensor.blocks]
-
-
-def chunks_of(found: Iterable[Slot], chunk_bytes: int) -> list[int]:
-    """Numbers of the body chunks that hold these slots, ascending, each once."""
-    needed: list[int] = []
-    for slot in found:
-        if not slot.size_bytes:
-            continue
-        first, last = slot.offset // chunk_bytes, (slot.offset + slot.size_bytes - 1) // chunk_bytes
-        needed.extend(n for n in range(first, last + 1) if not needed or n > needed[-1])
-    return needed

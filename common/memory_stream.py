@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import threading
-import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
 
 from .errors import StreamUnavailable
 from .limits import LIMITS, Limits
+from .memory_server import MemoryServer
 from .messages import Lease
 from .stream import (
     ACK_KEEP_S,
@@ -19,15 +17,11 @@ from .stream import (
     Keys,
     LogId,
     Member,
+    PayloadReader,
     ServerFacts,
-    check_members,
-    check_size,
-    fenced_off,
-    gap,
-    id_taken,
-    next_epoch,
-    not_next,
 )
+from .stream_rules import check_members, check_size, fenced_off, gap, id_taken, next_epoch, not_next, too_large
+from .types import BLOBS, STREAM
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -35,71 +29,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-@dataclass(slots=True)
-class _Entries:
-    """One stream: entries in the order of their ids, and the last id ever used."""
-
-    last: LogId = (0, 0)
-    by_id: dict[LogId, bytes] = field(default_factory=dict)
-
-    def after(self, cursor: LogId, count: int) -> list[tuple[LogId, bytes]]:
-        return [(entry_id, data) for entry_id, data in self.by_id.items() if entry_id > cursor][:count]
-
-    def add(self, entry_id: LogId, data: bytes, keep: int | None = None) -> None:
-        self.by_id[entry_id], self.last = data, entry_id
-        while keep is not None and len(self.by_id) > keep:
-            del self.by_id[next(iter(self.by_id))]
-
-
-class MemoryServer:
-    """The state that streams of one process share. `clock` (seconds) decides what has expired."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic):
-        self.clock = clock
-        self.changed = threading.Condition()
-        self.lose_everything()
-
-    def lose_everything(self) -> None:
-        """What a server without persistence does when it is killed and started again."""
-        with self.changed:
-            self._values: dict[str, Any] = {}
-            self._until: dict[str, float] = {}
-            self.run_id = uuid.uuid4().hex
-
-    def get(self, key: str) -> Any:
-        if key in self._until and self._until[key] <= self.clock():
-            self.drop(key)
-        return self._values.get(key)
-
-    def put(self, key: str, value: Any) -> None:
-        self._values[key] = value
-
-    def drop(self, key: str) -> None:
-        self._values.pop(key, None)
-        self._until.pop(key, None)
-
-    def expire(self, key: str, ttl_s: float) -> None:
-        if self.get(key) is not None:
-            self._until[key] = self.clock() + ttl_s
-
-    def entries(self, key: str) -> _Entries:
-        """The stream at `key`; an empty one, not kept, where there is none."""
-        return self.get(key) or _Entries()
-
-    def add(self, key: str, data: bytes, keep: int) -> None:
-        """Append with an automatic id: milliseconds of the clock and a count, as Redis does."""
-        entries = self.entries(key)
-        now = (int(self.clock() * 1000), 0)
-        entries.add(now if now > entries.last else (entries.last[0], entries.last[1] + 1), data, keep)
-        self.put(key, entries)
-        self.changed.notify_all()
-
-
 class MemoryStream:
     """One model on a `MemoryServer`."""
 
-    def __init__(self, server: MemoryServer, model: str, *, limits: Limits = LIMITS):
+    def __init__(self, server: MemoryServer, model: str, *, limits: Limits = LIMITS, carrier: str = STREAM):
+        """`carrier`: what `carrier()` says; payloads of either kind lie in the same place here."""
         self.model, self._server, self._keys, self._limits = model, server, Keys(model), limits
+        self._carrier = carrier
         self._closed = False
 
     def close(self) -> None:
@@ -165,7 +101,11 @@ class MemoryStream:
             held: Lease | None = server.get(self._keys.lease)
             return held
 
-    def put_chunk(self, payload_id: str, number: int, data: Buffer, *, ttl_s: float) -> None:
+    def carrier(self) -> str:
+        return self._carrier
+
+    def put_chunk(self, payload_id: str, number: int, data: Buffer, *, ttl_s: float, carrier: str = STREAM) -> None:
+        _check(carrier)
         body = memoryview(data).cast("B")
         check_size(len(body), self._limits.chunk_bytes_max, f"chunk {number}")
         key, entry_id = self._keys.chunks(payload_id), (number + 1, 0)
@@ -180,7 +120,25 @@ class MemoryStream:
                 raise id_taken(f"chunk {number} of payload {payload_id}", there=entry_id in payload.by_id)
             server.expire(key, ttl_s)
 
-    def chunks(self, payload_id: str, first: int, count: int) -> list[bytes]:
+    def payload_reader(
+        self,
+        payload_id: str,
+        numbers: Sequence[int] | None = None,  # noqa: ARG002 - nothing has to be asked for ahead here
+        *,
+        carrier: str = STREAM,
+    ) -> PayloadReader:
+        self._keys.chunks(payload_id)
+        return _Reader(self, payload_id, carrier)
+
+    def read_chunk(self, payload_id: str, number: int, into: memoryview, *, carrier: str = STREAM) -> int:
+        (data,) = self.chunks(payload_id, number, 1, carrier=carrier)
+        if len(data) > len(into):
+            raise too_large(payload_id, number, len(data), len(into))
+        into[: len(data)] = data
+        return len(data)
+
+    def chunks(self, payload_id: str, first: int, count: int, *, carrier: str = STREAM) -> list[bytes]:
+        _check(carrier)
         with self._open() as server:
             there = server.entries(self._keys.chunks(payload_id)).by_id
             missing = [number for number in range(first, first + count) if (number + 1, 0) not in there]
@@ -244,6 +202,9 @@ class MemoryStream:
         with self._open() as server:
             return ServerFacts("memory", 0, 0, "noeviction", False, server.run_id)
 
+    def payload_facts(self) -> ServerFacts:
+        return self.facts()
+
     @contextmanager
     def _open(self) -> Iterator[MemoryServer]:
         with self._server.changed:
@@ -271,6 +232,26 @@ class MemoryStream:
             server.changed.wait_for(lambda: self._closed or find(), timeout=max(block_s, 0.0))
             with self._open():
                 return find()
+
+
+class _Reader:
+    """`PayloadReader` in memory."""
+
+    def __init__(self, stream: MemoryStream, payload_id: str, carrier: str):
+        self._stream, self._payload_id, self._carrier = stream, payload_id, carrier
+
+    def read(self, number: int, into: memoryview) -> int:
+        return self._stream.read_chunk(self._payload_id, number, into, carrier=self._carrier)
+
+    def __enter__(self) -> PayloadReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def _check(carrier: str) -> None:
+    assert carrier in (STREAM, BLOBS), carrier
 
 
 def _id(text: str) -> LogId:

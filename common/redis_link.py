@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -18,11 +20,13 @@ from redis.retry import Retry
 
 from .errors import OverBudget, RefleetError, StreamError, StreamUnavailable, UsageError
 from .limits import KIB
+from .redis_wire import Wire
 
 T = TypeVar("T")
 
 CONNECT_TIMEOUT_S = 5.0
 HEALTH_CHECK_S = 30  # a connection idle for longer is pinged before use, so that a dead one costs no request
+IDLE_WIRES = 4  # raw connections kept for the next payload
 JOIN_BYTES = 16 * KIB  # arguments up to this size are joined into one send; larger ones are sent as they are
 
 #: no CLIENT SETINFO on connect: unknown before 7.2, and it needs a right of its own; renamed in redis-py 7
@@ -86,17 +90,21 @@ class Link:
         """`timeout_s` bounds every wait for a reply. Connects on first use."""
         self.address = address_of(url)
         self._model = model
+        self._timeout_s = timeout_s
         self._closed = False
+        self._lock = threading.Lock()
+        self._wires: set[Wire] = set()
+        self._idle: list[Wire] = []
         try:
             self._pool = redis.ConnectionPool.from_url(
                 url,
                 protocol=2,  # one handshake and one shape of replies on every server
                 socket_timeout=timeout_s,
                 socket_connect_timeout=min(CONNECT_TIMEOUT_S, timeout_s),
-                socket_keepalive=True,
                 health_check_interval=HEALTH_CHECK_S,
                 retry=Retry(NoBackoff(), 0),  # redis-py would repeat XADD * after a lost reply
                 command_packer=Packer(),
+                **({} if url.startswith("unix:") else {"socket_keepalive": True}),
                 **_NO_SETINFO,
             )
             self._client: Any = redis.Redis(connection_pool=self._pool)
@@ -133,8 +141,41 @@ class Link:
         """An error found among a pipeline's replies, in refleet's words."""
         return _translated(error, self.address, f"model {self._model}, {doing}")
 
+    def take_wire(self) -> Wire:
+        """A raw connection, to be used inside `use` and given back. Raises what redis-py raises while connecting."""
+        with self._lock:
+            while self._idle:
+                wire = self._idle.pop()
+                if wire.quiet and time.monotonic() - wire.idle_since < HEALTH_CHECK_S:
+                    return wire
+                self._wires.discard(wire)
+                wire.close()
+        connection = self._pool.connection_class(**self._pool.connection_kwargs)
+        wire = Wire(connection, timeout_s=self._timeout_s)
+        with self._lock:
+            self._wires.add(wire)
+            if self._closed:  # in the meantime, by another thread
+                wire.shut()
+        return wire
+
+    def give_wire(self, wire: Wire, *, again: bool) -> None:
+        """`again`: the connection may be used again: every reply was read to its end."""
+        with self._lock:
+            if again and not self._closed and len(self._idle) < IDLE_WIRES:
+                wire.idle_since = time.monotonic()
+                self._idle.append(wire)
+                return
+            self._wires.discard(wire)
+        wire.close()
+
     def close(self) -> None:
-        self._closed = True
+        with self._lock:
+            self._closed = True
+            for wire in self._wires:
+                wire.shut()  # closed by whoever uses it
+            for wire in self._idle:
+                wire.close()
+            self._idle.clear()
         self._pool.disconnect(inuse_connections=True)
 
     def _gone(self, about: str) -> StreamUnavailable:

@@ -70,3 +70,10 @@ def facts_of(info: Mapping[str, Any]) -> ServerFacts:
         aof=None if aof is None else bool(aof),
         run_id=info.get("run_id"),
     )
+
+
+def replies_by_reference(facts: ServerFacts) -> bool:
+    """Whether the server sends large strings without copying them: Valkey from version 9 on."""
+    name, _, version = facts.server.partition(" ")
+    major = version.split(".")[0]
+    return name == "Valkey" and major.isdigit() and int(major) >= 9

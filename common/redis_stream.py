@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import NoPermissionError, ResponseError
 
 from . import redis_scripts as scripts
-from .errors import StreamError
+from .errors import StreamError, UsageError
 from .limits import LIMITS, Limits
 from .messages import Lease
 from .redis_link import Link, send_all
+from .redis_payload import RedisPayloads
 from .redis_replies import (
     LIFETIME,
     Argument,
@@ -24,6 +25,7 @@ from .redis_replies import (
     member_of,
     milliseconds,
     records,
+    replies_by_reference,
     text_id,
     with_text_ids,
 )
@@ -33,21 +35,17 @@ from .stream import (
     Keys,
     LogId,
     Member,
+    PayloadReader,
     ServerFacts,
-    check_members,
-    check_size,
-    fenced_off,
-    gap,
-    id_taken,
-    next_epoch,
-    not_next,
 )
-from .types import WORKER_ID
+from .stream_rules import check_members, check_size, fenced_off, id_taken, next_epoch, not_next
+from .types import BLOBS, STREAM, WORKER_ID
 from .wire import unpack
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+AUTO = "auto"  # the carrier that suits the server
 TIMEOUT_S = 20.0  # the longest wait for a reply, beyond which a server counts as lost
 CLAIM_TRIES = 100  # only publishers that claim in the same instant cost tries; one of them wins each round
 ACKS_AT_ONCE = 256
@@ -57,39 +55,59 @@ MEMBERS_AT_ONCE = 1000
 class RedisStream:
     """One model on one server. Connects on first use; close it when done."""
 
-    def __init__(self, url: str, model: str, *, timeout_s: float = TIMEOUT_S, limits: Limits = LIMITS):
-        """`url`: redis://, rediss:// or unix://. Raises UsageError for a bad url or model name."""
+    def __init__(
+        self, url: str, model: str, *, read_from: str | None = None, payload_url: str | None = None,
+        carrier: str = AUTO, timeout_s: float = TIMEOUT_S, limits: Limits = LIMITS,
+    ):  # fmt: skip
+        """Urls: redis://, rediss:// or unix://. Raises UsageError for a bad url, carrier or model name.
+
+        `read_from`: a replica of `url`, from which log and payloads are read; everything else goes to `url`.
+        `payload_url`: another server, to which payloads are written and from which they are read.
+        `carrier` of new payloads: AUTO, STREAM or BLOBS.
+        """
+        if carrier not in (AUTO, STREAM, BLOBS):
+            raise UsageError(
+                f"carrier {carrier!r} is none of {AUTO}, {STREAM}, {BLOBS}",
+                next=f"set REFLEET_CARRIER, or carrier in refleet.toml, to {AUTO}: it suits every server",
+            )
         self.model = model
         self._keys = Keys(model)
         self._limits = limits
+        self._carrier = carrier
         self._link = Link(url, model=model, timeout_s=timeout_s)
+        self._log = Link(read_from, model=model, timeout_s=timeout_s) if read_from else self._link
+        self._payload_link = Link(payload_url, model=model, timeout_s=timeout_s) if payload_url else self._link
+        # without a payload server, chunks and the release that names them come in order over one replication
+        source = self._payload_link if payload_url else self._log
+        self._payloads = RedisPayloads(self._payload_link, self._keys, limits, read=source)
         self._slice_s = timeout_s / 2  # one blocking read: well below the reply timeout, so that silence is an error
 
     def close(self) -> None:
-        self._link.close()
+        for link in {self._link, self._log, self._payload_link}:
+            link.close()
 
     def read(self, log_after: LogId, control_after: str, *, block_s: float, count: int = 256) -> Entries:
         cursors = {self._keys.log: text_id(log_after), self._keys.control: control_after}
-        found = self._wait("reading log and control", cursors, block_s, count)
+        found = self._wait(self._log, "reading log and control", cursors, block_s, count)
         log = found.get(self._keys.log.encode(), [])
         return Entries([(log_id(i), r) for i, r in log], with_text_ids(found.get(self._keys.control.encode(), [])))
 
     def last_ids(self) -> tuple[LogId, str]:
         doing = "asking for the last ids"
-        with self._link.use(doing) as redis:
+        with self._log.use(doing) as redis:
             replies = send_all(redis, lambda pipe: pipe.xinfo_stream(self._keys.log).xinfo_stream(self._keys.control))
         last = []
         for reply in replies:
             if isinstance(reply, ResponseError) and "no such key" in str(reply):
                 last.append(b"0-0")
             elif isinstance(reply, Exception):
-                raise self._link.refuse(reply, doing)
+                raise self._log.refuse(reply, doing)
             else:
                 last.append(reply["last-generated-id"])
         return log_id(last[0]), last[1].decode()
 
     def history(self, count: int) -> list[tuple[LogId, bytes]]:
-        with self._link.use("reading the log's history") as redis:
+        with self._log.use("reading the log's history") as redis:
             newest = records(redis.xrevrange(self._keys.log, count=count))
         return [(log_id(entry_id), record) for entry_id, record in reversed(newest)]
 
@@ -153,55 +171,34 @@ class RedisStream:
             raise fenced_off(lease, held=held, epoch=epoch_number(more[0]))
         return verdict, more[0] if more else b""
 
-    def put_chunk(self, payload_id: str, number: int, data: Buffer, *, ttl_s: float) -> None:
-        body = memoryview(data).cast("B")
-        check_size(len(body), self._limits.chunk_bytes_max, f"chunk {number}")
-        key, entry_id = self._keys.chunks(payload_id), f"{number + 1}-0"
-        doing = f"writing chunk {number} of payload {payload_id}"
+    def carrier(self) -> str:
+        if self._carrier == AUTO:
+            self._carrier = BLOBS if replies_by_reference(self.payload_facts()) else STREAM
+        return self._carrier
 
-        def fill(pipe: Any) -> None:
-            # chunk 0 alone may create the stream: a server that lost the others must not go unnoticed
-            pipe.xadd(key, {b"c": body}, id=entry_id, nomkstream=number > 0)
-            pipe.pexpire(key, milliseconds(ttl_s))
+    def put_chunk(self, payload_id: str, number: int, data: Buffer, *, ttl_s: float, carrier: str = STREAM) -> None:
+        self._payloads.put(payload_id, number, data, ttl_s=ttl_s, carrier=carrier)
 
-        added, kept = self._link.run(doing, lambda redis: send_all(redis, fill), tries=2)
-        passed = isinstance(added, ResponseError) and "equal or smaller" in str(added)
-        for reply in (added, kept):
-            if isinstance(reply, Exception) and not (reply is added and passed):
-                raise self._link.refuse(reply, doing)
-        if added is None:
-            raise gap(payload_id, list(range(number)))
-        if passed:
-            with self._link.use(doing) as redis:
-                there = redis.xrange(key, min=entry_id, max=entry_id)
-            if not there or there[0][1].get(b"c") != bytes(body):  # bytes compare by memcmp, memoryviews one by one
-                raise id_taken(f"chunk {number} of payload {payload_id}", there=bool(there))
+    def payload_reader(
+        self, payload_id: str, numbers: Sequence[int] | None = None, *, carrier: str = STREAM
+    ) -> PayloadReader:
+        return self._payloads.reader(payload_id, numbers, carrier=carrier)
 
-    def chunks(self, payload_id: str, first: int, count: int) -> list[bytes]:
-        numbers = range(first, first + count)
-        if not numbers:
-            return []
-        with self._link.use(f"reading chunks of payload {payload_id}") as redis:
-            key = self._keys.chunks(payload_id)
-            entries = redis.xrange(key, min=f"{first + 1}-0", max=f"{first + count}-0", count=count)
-        found: dict[bytes, bytes] = {entry_id: fields[b"c"] for entry_id, fields in entries if b"c" in fields}
-        data = {number: found.get(b"%d-0" % (number + 1)) for number in numbers}
-        missing = [number for number, chunk in data.items() if chunk is None]
-        if missing:
-            raise gap(payload_id, missing)
-        return [chunk for chunk in data.values() if chunk is not None]
+    def read_chunk(self, payload_id: str, number: int, into: memoryview, *, carrier: str = STREAM) -> int:
+        with self.payload_reader(payload_id, (number,), carrier=carrier) as reader:
+            return reader.read(number, into)
+
+    def chunks(self, payload_id: str, first: int, count: int, *, carrier: str = STREAM) -> list[bytes]:
+        return self._payloads.chunks(payload_id, first, count, carrier=carrier)
 
     def payload_chunks(self, payload_id: str) -> int:
-        with self._link.use(f"counting chunks of payload {payload_id}") as redis:
-            return int(redis.xlen(self._keys.chunks(payload_id)))
+        return self._payloads.count(payload_id)
 
     def keep_payload(self, payload_id: str, *, ttl_s: float) -> None:
-        with self._link.use(f"keeping payload {payload_id}") as redis:
-            redis.pexpire(self._keys.chunks(payload_id), milliseconds(ttl_s))
+        self._payloads.keep(payload_id, ttl_s=ttl_s)
 
     def drop_payload(self, payload_id: str) -> None:
-        with self._link.use(f"dropping payload {payload_id}") as redis:
-            redis.unlink(self._keys.chunks(payload_id))
+        self._payloads.drop(payload_id)
 
     def ack(self, worker: str, record: bytes) -> None:
         self._add(f"acknowledging as {worker}", self._keys.ack(worker), record, self._limits.ack_entries)
@@ -211,7 +208,7 @@ class RedisStream:
             return {}
         workers = {self._keys.ack(worker).encode(): worker for worker in after}
         cursors = {self._keys.ack(worker): cursor for worker, cursor in after.items()}
-        found = self._wait("reading acks", cursors, block_s, ACKS_AT_ONCE)
+        found = self._wait(self._link, "reading acks", cursors, block_s, ACKS_AT_ONCE)
         return {workers[key]: with_text_ids(entries) for key, entries in found.items()}
 
     def last_acks(self, worker: str, count: int) -> list[tuple[str, bytes]]:
@@ -259,12 +256,10 @@ class RedisStream:
         return [member_of(*each) for each in zip(workers, replies[::2], replies[1::2], strict=True)]
 
     def facts(self) -> ServerFacts:
-        with self._link.use("asking the server about itself") as redis:
-            try:
-                info = redis.info()
-            except NoPermissionError:
-                return ServerFacts("unknown (INFO is not permitted)", 0, 0, None, None, None)
-        return facts_of(info)
+        return _facts(self._link)
+
+    def payload_facts(self) -> ServerFacts:
+        return _facts(self._payload_link)
 
     def _add(self, doing: str, key: str, record: bytes, keep: int) -> None:
         check_size(len(record), self._limits.record_bytes, "a record")
@@ -280,13 +275,22 @@ class RedisStream:
         return replies
 
     def _wait(
-        self, doing: str, cursors: dict[str, str], block_s: float, count: int
+        self, link: Link, doing: str, cursors: dict[str, str], block_s: float, count: int
     ) -> dict[bytes, list[tuple[bytes, bytes]]]:
         """XREAD in slices shorter than the reply timeout; BLOCK 0 would wait for ever on a server that lost data."""
         deadline = time.monotonic() + block_s
         while True:
             left_s = min(deadline - time.monotonic(), self._slice_s)
-            with self._link.use(doing) as redis:
+            with link.use(doing) as redis:
                 reply = redis.xread(cursors, count=count, block=milliseconds(left_s) if left_s > 0 else None)
             if reply or time.monotonic() >= deadline:
                 return {key: records(entries) for key, entries in reply}
+
+
+def _facts(link: Link) -> ServerFacts:
+    with link.use("asking the server about itself") as redis:
+        try:
+            info = redis.info()
+        except NoPermissionError:
+            return ServerFacts("unknown (INFO is not permitted)", 0, 0, None, None, None)
+    return facts_of(info)

@@ -1,30 +1,36 @@
 """The store of one publisher or worker: tensors by digest, manifests by fingerprint, and small records, on local disk.
 
     id          a record: format and identity of this store
-    packs/      tensors (pack.py, objects.py)
+    packs/      whole tensors (pack.py, objects.py)
+    deltas/     tensors kept as changes to others (deltas.py, derived.py)
     manifests/  one record per version held, named by its fingerprint
     records/    one record per name
     temp/       files in the making; what dead processes left is removed at the next open
     locks/      lock files (records.py); they are never removed
 
 Several processes may use one store at once. A crash at any point leaves the state before or after a step.
+A version that came as a delta is kept as that delta, so that it costs what changed; every `ANCHOR_EVERY` versions
+`anchor` writes one whole, from which the next ones are rebuilt.
 """
 
 from __future__ import annotations
 
 import re
 import secrets
-import time
 from collections.abc import Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from . import wire
+import numpy as np
+
 from .crashpoint import crash_point
-from .errors import LimitExceeded, MalformedRecord, UnknownVersion
-from .limits import LIMITS
+from .derived import DeltaBatch, Derived
+from .errors import DamagedTensor, MalformedRecord
+from .layout import Bytes
+from .manifests import Manifests, digests
+from .memory import Memory
 from .objects import Batch, Objects
 from .pack import PACK_BYTES
 from .records import disk_errors, locked, read_file, remove, sweep, sync_folder, write_file
@@ -36,6 +42,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]*(/[A-Za-z0-9][A-Za-z0-9._@-]*)*\
 _OWN_LOCKS = {"id", "objects", "order"}
 _SETUP_WAIT_S = 60.0
 _WRITE_WAIT_S = 600.0  # for another process's `collect`, which may copy gigabytes
+#: a version that takes this many deltas to rebuild is written whole
+ANCHOR_EVERY = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +73,21 @@ class Store:
     def __init__(self, root: Path | str, *, pack_bytes: int = PACK_BYTES):
         """Opens the store in folder `root`, or makes one there. Raises: MalformedRecord when its id is damaged."""
         self.root = Path(root)
-        self._manifests, self._records = self.root / "manifests", self.root / "records"
+        self._records = self.root / "records"
         self._temp, self._locks = self.root / "temp", self.root / "locks"
-        packs = self.root / "packs"
+        packs, deltas, manifests = self.root / "packs", self.root / "deltas", self.root / "manifests"
         with disk_errors(self.root):
-            for folder in (packs, self._manifests, self._records, self._temp, self._locks):
+            for folder in (packs, deltas, manifests, self._records, self._temp, self._locks):
                 folder.mkdir(parents=True, exist_ok=True)
         #: 32 hex digits, made once, stable for ever
         self.id = self._identity()
         sweep(self._temp)
-        self._objects = Objects(packs, temp=self._temp, order_lock=self._locks / "order", pack_bytes=pack_bytes)
+        self._manifests = Manifests(manifests, temp=self._temp)
+        order = self._locks / "order"
+        self._objects = Objects(packs, temp=self._temp, order_lock=order, pack_bytes=pack_bytes)
+        #: tensors in this process's memory, and buffers for them
+        self.memory = Memory()
+        self._derived = Derived(deltas, temp=self._temp, order_lock=order, memory=self.memory, whole=self._whole)
 
     def __enter__(self) -> Store:
         return self
@@ -83,32 +96,47 @@ class Store:
         self.close()
 
     def close(self) -> None:
-        """Lets go of all mappings; memoryviews that were handed out stay valid."""
+        """Lets go of all mappings and memory; memoryviews that were handed out stay valid."""
         self._objects.close()
+        self.memory.pin(())
+        self.memory.trim(free=True)
 
     @property
     def size_bytes(self) -> int:
         """What tensors, manifests, records and temp files take on disk."""
-        folders = (self._objects.folder, self._manifests, self._records, self._temp)
+        folders = (self._objects.folder, self._derived.folder, self._manifests.folder, self._records, self._temp)
         return sum(_size_bytes(path) for folder in folders for path in folder.iterdir())
 
     # tensors
 
     def has(self, digest: bytes) -> bool:
         """Whether this tensor is held; says nothing about its bytes. Zero-size tensors always are."""
-        return not self._objects.lacking((digest,))
+        return not self._lacking((digest,))
 
     def read(self, digest: bytes, *, verify: bool) -> memoryview:
-        """The tensor's bytes without a copy: a private mapping that may be written, which changes nobody else's.
+        """The tensor's bytes: mapped, from memory, or rebuilt from a delta into memory. They are not to be written.
 
-        The view stays valid whatever happens to the store. With `verify` the bytes are hashed first.
+        The view stays valid whatever happens to the store. With `verify` the bytes are hashed first, but for those in
+        memory, which were hashed when they came there.
         Raises: DamagedTensor naming the digest when it is missing, short, or (verify) of other bytes; StoreError.
         """
+        held = self.memory.get(digest)
+        if held is not None:
+            return held.data
+        if self._objects.lacking((digest,)) and not self._derived.lacking((digest,)):
+            try:
+                return self._derived.read(digest).data
+            except DamagedTensor:
+                self._objects.refresh(force=True)
+                if self._objects.lacking((digest,)):  # else another process wrote it whole, and removed the delta
+                    raise
         return self._objects.read(digest, verify=verify)
 
     def forget(self, digest: bytes) -> None:
         """Gives up a damaged tensor: `has` is false until it is added again. Lasts as long as this object."""
         self._objects.forget(digest)
+        self._derived.forget(digest)
+        self.memory.drop(digest)
 
     @contextmanager
     def batch(self) -> Iterator[Batch]:
@@ -121,6 +149,36 @@ class Store:
             yield batch
 
     @contextmanager
+    def delta(self) -> Iterator[DeltaBatch]:
+        """Keeps a delta as it is: `with store.delta() as delta: delta.write(...); delta.commit(record)`.
+
+        Without `commit` nothing of it stays.
+        """
+        with self.writing():
+            batch = DeltaBatch(self._derived)
+            try:
+                yield batch
+            finally:
+                batch.close()
+
+    def anchor(self, manifest: Manifest, *, every: int = ANCHOR_EVERY) -> int:
+        """Writes the version's tensors whole if rebuilding it takes `every` deltas or more; returns bytes written.
+
+        Raises: DamagedTensor, StoreFull, StoreError.
+        """
+        derived = self._objects.lacking(digests(manifest))
+        if not derived or max(self._derived.depth(digest) for digest in derived) < every:
+            return 0
+        written = 0
+        with self.batch() as batch:
+            for entry in manifest.tensors:
+                if entry.digest in derived:
+                    derived.discard(entry.digest)
+                    batch.add((self.read(entry.digest, verify=False),), expect=entry.digest)
+                    written += entry.spec.size_bytes
+        return written
+
+    @contextmanager
     def writing(self, *, wait_s: float = _WRITE_WAIT_S) -> Iterator[None]:
         """Keeps every process's `collect` out during the block; any number of writers may be in one at a time.
 
@@ -129,44 +187,26 @@ class Store:
         """
         with locked(self._locks / "objects", shared=True, wait_s=wait_s):
             self._objects.refresh(force=True)  # what a collect removed must not pass for present
+            self._derived.refresh()
             yield
 
     # versions
 
     def put_manifest(self, manifest: Manifest) -> None:
         """Makes a version held. Its tensors come first (see the class); this does not look at them."""
-        fingerprint = manifest.fingerprint
-        write_file(self._manifest_path(fingerprint), wire.pack(manifest), temp=self._temp)
-        remove(self._damaged_path(fingerprint))
+        self._manifests.put(manifest)
 
     def manifest(self, fingerprint: bytes) -> Manifest:
         """The manifest of a version held. Raises: UnknownVersion, also for a damaged one, which is then put aside."""
-        path = self._manifest_path(fingerprint)
-        how = "is not in this store"
-        try:
-            data = read_file(path)
-            if data is not None:
-                manifest = wire.unpack(data, Manifest, max_bytes=LIMITS.index_bytes)
-                if manifest.fingerprint == fingerprint:
-                    return manifest
-                raise MalformedRecord("the manifest of another version")
-        except (MalformedRecord, LimitExceeded):
-            how = "can't be used: its manifest is damaged"
-            with suppress(OSError):  # a read-only disk: then it is found damaged again next time
-                path.rename(self._damaged_path(fingerprint))
-        raise UnknownVersion(
-            f"version {fingerprint.hex()[:16]} {how}",
-            about=str(path),
-            next="fetch or publish this version again",
-        )
+        return self._manifests.get(fingerprint)
 
     def manifests(self) -> list[bytes]:
         """Fingerprints of all versions held, sorted."""
-        return sorted(bytes.fromhex(path.name) for path in self._manifests.iterdir() if len(path.name) == 64)
+        return self._manifests.held()
 
     def missing(self, manifest: Manifest) -> list[TensorEntry]:
         """The entries whose tensors are not held, in the manifest's order; never zero-size ones."""
-        lacking = self._objects.lacking(_digests(manifest))
+        lacking = self._lacking(digests(manifest))
         return [entry for entry in manifest.tensors if entry.digest in lacking and entry.spec.size_bytes]
 
     # records
@@ -212,29 +252,22 @@ class Store:
             freed_bytes = sweep(self._temp)
             self._objects.refresh(force=True)
             kept = frozenset(keep)
-            removed = tuple(f for f in self.manifests() if f not in kept and self._age_s(f) >= grace_s)
-            freed_bytes += sum(remove(self._manifest_path(fingerprint)) for fingerprint in removed)
-            with disk_errors(self._manifests):
-                sync_folder(self._manifests)  # before its tensors go: a power cut must not bring a manifest back
+            removed, freed = self._manifests.drop(kept, grace_s=grace_s)
             crash_point("store.manifests-dropped")
-            live, unreadable = self._live(kept)
-            for path in self._manifests.glob("*.damaged"):
-                if bytes.fromhex(path.stem) not in unreadable:
-                    freed_bytes += remove(path)
+            live, unreadable = self._manifests.live(kept)
+            freed_bytes += freed + self._manifests.drop_damaged(unreadable)
             if not unreadable:
-                freed_bytes += retain(self._objects, live)
+                needed, files = self._derived.needs(live, whole=lambda digest: not self._objects.lacking((digest,)))
+                freed_bytes += self._derived.retain(files)
+                freed_bytes += retain(self._objects, needed)
             return Collected(removed, freed_bytes, tuple(sorted(unreadable)))
 
-    def _live(self, kept: frozenset[bytes]) -> tuple[set[bytes], set[bytes]]:
-        """Digests that the manifests need, and those of `kept` whose manifest is damaged."""
-        live: set[bytes] = set()
-        whole: set[bytes] = set()
-        for fingerprint in self.manifests():
-            with suppress(UnknownVersion):  # damaged; put aside now, if it was not before
-                live |= _digests(self.manifest(fingerprint))
-                whole.add(fingerprint)
-        aside = {bytes.fromhex(path.stem) for path in self._manifests.glob("*.damaged")}
-        return live, ((aside | set(self.manifests())) & kept) - whole
+    def _lacking(self, digests: Collection[bytes]) -> set[bytes]:
+        lacking = self._objects.lacking(digests)
+        return self._derived.lacking(lacking) if lacking else lacking
+
+    def _whole(self, digest: bytes) -> Bytes:
+        return np.frombuffer(self._objects.read(digest, verify=False), np.uint8)
 
     def _identity(self) -> str:
         path = self.root / "id"
@@ -251,25 +284,9 @@ class Store:
             )
         return found[1].decode()
 
-    def _manifest_path(self, fingerprint: bytes) -> Path:
-        return self._manifests / fingerprint.hex()
-
-    def _damaged_path(self, fingerprint: bytes) -> Path:
-        return self._manifests / f"{fingerprint.hex()}.damaged"
-
     def _record_path(self, name: str) -> Path:
         assert _NAME.match(name), name
         return self._records / name.replace("/", "+")
-
-    def _age_s(self, fingerprint: bytes) -> float:
-        try:
-            return time.time() - self._manifest_path(fingerprint).stat().st_mtime
-        except FileNotFoundError:
-            return 0.0
-
-
-def _digests(manifest: Manifest) -> set[bytes]:
-    return {entry.digest for entry in manifest.tensors if entry.spec.size_bytes}
 
 
 def _size_bytes(path: Path) -> int:

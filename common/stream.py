@@ -6,7 +6,9 @@ Keys of model `m`. Braces make one Cluster slot of each model; payloads spread o
     refleet:{m}:control              stream  offers, verify requests; automatic ids; field r; about control_entries
     refleet:{m}:epoch                string  the highest claimed epoch, decimal
     refleet:{m}:lease                hash    publisher = its id, record = packed Lease; expires unless renewed
-    refleet:{m:<payload id>}:chunks  stream  one payload; chunk n = entry (n+1)-0, field c; expires or goes as a whole
+    refleet:{m:<payload id>}:chunks  stream  one payload; chunk n = entry (n+1)-0, field c; expires or goes as a whole.
+                                             Carrier blobs: field b, empty; the chunk itself is a blob
+    refleet:{m:<payload id>}:blob:<n>  string  chunk n of carrier blobs; expires a little after the stream that names it
     refleet:{m}:ack:<worker>         stream  evidence of one worker; automatic ids; field r; about ack_entries; expires
                                              a day after the worker's last heartbeat
     refleet:{m}:worker:<worker>      string  8 bytes big-endian: its own lifetime in ms; then the worker's status
@@ -18,14 +20,13 @@ authority: it may lose everything at any time, and both sides find out through `
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from .errors import LimitExceeded, PublisherBusy, StaleEpoch, StreamError, StreamGap, UsageError
-from .limits import Limits
+from .errors import UsageError
 from .messages import Lease
-from .types import MODEL_NAME, PAYLOAD_ID, WORKER_ID
+from .types import MODEL_NAME, PAYLOAD_ID, STREAM, WORKER_ID
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -113,11 +114,31 @@ class Keys:
             raise UsageError(f"payload id {payload_id!r} is not 32 hex digits")
         return f"refleet:{{{self.model}:{payload_id}}}:chunks"
 
+    def blob(self, payload_id: str, number: int) -> str:
+        return f"{self.chunks(payload_id)[: -len('chunks')]}blob:{number}"
+
 
 def _worker_id(worker: str) -> str:
     if not WORKER_ID.match(worker):
         raise UsageError(f"worker id {worker!r} is not [A-Za-z0-9][A-Za-z0-9._-]{{0,63}}")
     return worker
+
+
+class PayloadReader(Protocol):
+    """Reads chunks of one payload over a connection of its own; used by one thread at a time. Leaving it frees that."""
+
+    def read(self, number: int, into: memoryview) -> int:
+        """Receive chunk `number` into the start of `into` (writable, contiguous bytes); returns its size in bytes.
+
+        What lies in `into` after an error is undefined, as is what lies behind the chunk's end: a reply may end in the
+        middle. The reader may be used again after every error. Raises: StreamGap (the chunk is gone), LimitExceeded (it
+        is larger than `into`), StreamUnavailable (reset, timeout, refused, closed), StreamError (no such reply exists).
+        """
+        ...
+
+    def __enter__(self) -> PayloadReader: ...
+
+    def __exit__(self, *_: object) -> None: ...
 
 
 class Stream(Protocol):
@@ -175,7 +196,11 @@ class Stream(Protocol):
         """Who publishes now."""
         ...
 
-    def put_chunk(self, payload_id: str, number: int, data: Buffer, *, ttl_s: float) -> None:
+    def carrier(self) -> str:
+        """The carrier for new payloads: BLOBS where the server replies by reference (Valkey 9), or as configured."""
+        ...
+
+    def put_chunk(self, payload_id: str, number: int, data: Buffer, *, ttl_s: float, carrier: str = STREAM) -> None:
         """Write chunk `number` (from 0, in order) and let the payload live `ttl_s` from now. No copy of `data`.
 
         The same bytes again are a no-op. Raises StreamError for other bytes or a number that was passed over,
@@ -183,7 +208,21 @@ class Stream(Protocol):
         """
         ...
 
-    def chunks(self, payload_id: str, first: int, count: int) -> list[bytes]:
+    def payload_reader(
+        self, payload_id: str, numbers: Sequence[int] | None = None, *, carrier: str = STREAM
+    ) -> PayloadReader:
+        """A reader of this payload. Makes no connection yet.
+
+        `numbers`: what will be read, in this order; None: 0, 1, 2 and so on, from any start. The chunk after the one
+        being read is requested ahead. Reading in another order is right too, but throws away what was requested.
+        """
+        ...
+
+    def read_chunk(self, payload_id: str, number: int, into: memoryview, *, carrier: str = STREAM) -> int:
+        """One chunk, as PayloadReader.read says, with nothing requested ahead."""
+        ...
+
+    def chunks(self, payload_id: str, first: int, count: int, *, carrier: str = STREAM) -> list[bytes]:
         """Exactly the chunks `first` ... `first + count - 1`, all in memory at once: keep `count` at 1-4.
 
         On a quick link 1 is fastest: each call then reuses the memory of the one before, and no new pages are faulted.
@@ -193,7 +232,7 @@ class Stream(Protocol):
         ...
 
     def payload_chunks(self, payload_id: str) -> int:
-        """How many chunks are there; 0 when the payload is gone."""
+        """How many chunks are there; 0 when the payload is gone. This and the next two find the carrier themselves."""
         ...
 
     def keep_payload(self, payload_id: str, *, ttl_s: float) -> None:
@@ -228,69 +267,14 @@ class Stream(Protocol):
         """Take a worker off the members, with its status. Its acks stay until they expire."""
         ...
 
-    def facts(self) -> ServerFacts: ...
+    def facts(self) -> ServerFacts:
+        """The server of log and acks."""
+        ...
+
+    def payload_facts(self) -> ServerFacts:
+        """The server that payloads are written to: the same one unless configured otherwise."""
+        ...
 
     def close(self) -> None:
         """Drop all connections; calls that wait in other threads end with StreamUnavailable."""
         ...
-
-
-def next_epoch(lease: Lease, *, held: Lease | None, epoch: int, floor: int, take_over: bool) -> int:
-    """The rule of `claim`, given who holds the lease and the highest claimed epoch (0: none, or the server lost it)."""
-    foreign = held is not None and held.publisher != lease.publisher
-    if foreign and not take_over:
-        raise PublisherBusy(
-            f"another publisher holds the lease: {held}",
-            next="its lease expires 30 s after its last command: wait, or publish with --take-over to fence it off",
-        )
-    if lease.epoch > 0 and max(epoch, floor) <= lease.epoch and not foreign:
-        return lease.epoch
-    return max(epoch, floor, lease.epoch) + 1
-
-
-def fenced_off(lease: Lease, *, held: Lease | None, epoch: int) -> StaleEpoch:
-    """The error for a write under `lease` that the fence refused."""
-    newer = held is not None and (held.publisher != lease.publisher or held.epoch > lease.epoch)
-    by = f"taken over by {held}" if newer else f"a newer publisher raised the epoch to {epoch}"
-    return StaleEpoch(
-        f"epoch {lease.epoch} may not publish any more: {by}",
-        about=f"{lease}; nothing was written",
-        next="publish from the store that took over, or claim a new epoch with --take-over",
-    )
-
-
-def not_next(order: LogId, *, last: str) -> StreamError:
-    """The error for an append below the end of the log; `last` is the log's last id."""
-    return StreamError(
-        f"release {order[0]}-{order[1]} can't be appended: the log has gone on to {last}",
-        next="publish again: it takes the next number",
-    )
-
-
-def id_taken(what: str, *, there: bool = True) -> StreamError:
-    """The error for an explicit id that holds other bytes, or (not `there`) lies below the end without being used."""
-    why = "is already there with other bytes" if there else "was passed over: later ones are there"
-    return StreamError(f"{what} {why}", next="publish again: it takes new numbers")
-
-
-def gap(payload_id: str, missing: list[int]) -> StreamGap:
-    shown = ", ".join(map(str, missing[:8])) + (" ..." if len(missing) > 8 else "")
-    return StreamGap(
-        f"payload {payload_id} lacks chunk {shown}: expired, dropped, never written, or lost by the server",
-        next="workers ask for a new payload by themselves; `refleet serve` or the publisher answers",
-    )
-
-
-def check_size(size_bytes: int, limit_bytes: int, what: str) -> None:
-    """Raises LimitExceeded before anything is sent that no reader would accept."""
-    if size_bytes > limit_bytes:
-        raise LimitExceeded(f"{what} of {size_bytes} bytes exceeds the limit of {limit_bytes}")
-
-
-def check_members(count: int, limits: Limits, model: str) -> None:
-    """Raises LimitExceeded before their statuses are read."""
-    if count > limits.members:
-        raise LimitExceeded(
-            f"{count} members of {model} exceed the limit of {limits.members}",
-            next="see who adds workers to this model, and remove those that are not yours",
-        )

@@ -19,6 +19,9 @@ WORKER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 PAYLOAD_ID = re.compile(r"[0-9a-f]{32}\Z")
 NONCE = re.compile(r"[0-9a-f]{32}\Z")
 
+#: how a payload lies in the server: entries of one stream, or strings that one stream names
+STREAM, BLOBS = "stream", "blobs"
+
 #: safetensors dtype text -> bytes per element. Sub-byte types are refused by name where a checkpoint is opened.
 DTYPE_BYTES: dict[str, int] = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
@@ -93,6 +96,10 @@ class TensorSpec:
     def size_bytes(self) -> int:
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
     def __str__(self) -> str:
         return f"{self.name} {self.dtype}{list(self.shape)}"
 
@@ -134,6 +141,10 @@ class Manifest:
         return {entry.spec.name: entry.spec for entry in self.tensors}
 
     @cached_property
+    def digests(self) -> frozenset[bytes]:
+        return frozenset(entry.digest for entry in self.tensors)
+
+    @cached_property
     def fingerprint(self) -> bytes:
         from .digest import fingerprint
 
@@ -152,41 +163,55 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One independently decodable slice of a tensor: `LIMITS.block_bytes` decoded bytes, the last one fewer."""
+    """One independently decodable piece of a delta's body: `size_bytes` decoded, which may be of several tensors."""
 
     codec: int
+    size_bytes: int
     encoded_bytes: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.size_bytes <= LIMITS.block_bytes:
+            raise ValueError(f"a block of {self.size_bytes} bytes")
+        if not 0 <= self.encoded_bytes <= self.size_bytes:  # what a reader has to hold stays bounded
+            raise ValueError(f"a block of {self.encoded_bytes} encoded bytes for {self.size_bytes}")
 
 
 @dataclass(frozen=True, slots=True)
 class DeltaTensor:
-    """One changed tensor. No blocks means: the same bytes are elsewhere in this index or in the base (by digest)."""
+    """One changed tensor.
+
+    `carried`: its bytes are in the body; else the same bytes are in the base or in another tensor of this delta, by
+    digest. `based`: they are encoded relative to the base's tensor of the same name and spec.
+    """
 
     spec: TensorSpec
     digest: bytes
-    blocks: tuple[Block, ...]
+    carried: bool
+    based: bool
 
     def __post_init__(self) -> None:
         require_digest(self.digest, "digest of a tensor")
-        rest = self.spec.size_bytes
-        if self.blocks and len(self.blocks) != -(-rest // LIMITS.block_bytes):
-            raise ValueError(f"{self.spec.name!r}: {len(self.blocks)} blocks for {rest} bytes")
-        for block in self.blocks:  # no codec makes a block larger: what a reader has to hold stays bounded
-            if not 0 <= block.encoded_bytes <= min(rest, LIMITS.block_bytes):
-                raise ValueError(f"{self.spec.name!r}: a block of {block.encoded_bytes} encoded bytes")
-            rest -= LIMITS.block_bytes
+        if (self.carried and not self.spec.size_bytes) or (self.based and not self.carried):
+            raise ValueError(f"{self.spec.name!r}: carried {self.carried}, based {self.based}")
+
+    @property
+    def group(self) -> tuple[bool, str]:
+        """Carried tensors of one group lie together in the body, in the order of their names."""
+        return (self.based, self.spec.dtype)
 
 
 @dataclass(frozen=True, slots=True)
 class Index:
     """The table of one delta: which tensors changed or went, how they are encoded, and the digest of every chunk.
 
-    The body is the concatenation of all blocks in order, cut every `chunk_bytes`.
+    The carried tensors lie in the body group after group. `blocks` cut each group's bytes; no block spans two groups.
+    The body is the concatenation of all encoded blocks, cut every `chunk_bytes`.
     """
 
     base: bytes | None  # fingerprint of the base version; None: a full snapshot
     target: bytes
     tensors: tuple[DeltaTensor, ...]
+    blocks: tuple[Block, ...]
     chunk_bytes: int
     body_bytes: int
     chunks: tuple[bytes, ...]  # BLAKE3 of each body chunk
@@ -197,15 +222,32 @@ class Index:
         require_digest(self.target, "target fingerprint")
         _sorted_names(self.tensors)
         require(1 <= self.chunk_bytes <= LIMITS.chunk_bytes_max, f"chunk size {self.chunk_bytes}")
-        total = sum(block.encoded_bytes for tensor in self.tensors for block in tensor.blocks)
+        total = sum(block.encoded_bytes for block in self.blocks)
         require(total == self.body_bytes, f"blocks add up to {total} bytes, the body has {self.body_bytes}")
         require(len(self.chunks) == -(-self.body_bytes // self.chunk_bytes), f"{len(self.chunks)} chunk digests")
         for digest in self.chunks:
             require_digest(digest, "chunk digest")
+        self._check_blocks()
         require(not self.removed or self.base is not None, "tensors removed from no base")
         require(len(self.removed) <= LIMITS.tensors, f"{len(self.removed)} removed tensors exceed {LIMITS.tensors}")
         gone = [name.encode() for name in self.removed]
         require(gone == sorted(set(gone)), "names of removed tensors must be sorted and unique")
+
+    def _check_blocks(self) -> None:
+        groups: dict[tuple[bool, str], int] = {}
+        for tensor in self.tensors:
+            if tensor.carried:
+                groups[tensor.group] = groups.get(tensor.group, 0) + tensor.spec.size_bytes
+            require(self.base is not None or not tensor.based, f"{tensor.spec.name!r} builds on no base")
+        rest = iter(self.blocks)
+        for (_based, dtype), left in sorted(groups.items()):
+            while left:
+                block = next(rest, None)
+                require(block is not None and block.size_bytes <= left, f"blocks that do not fit the {dtype} tensors")
+                assert block is not None
+                require(block.size_bytes % DTYPE_BYTES[dtype] == 0, f"a block that cuts a {dtype} element")
+                left -= block.size_bytes
+        require(next(rest, None) is None, "more blocks than the carried tensors fill")
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,9 +262,11 @@ class PayloadRef:
     index_chunks: int
     index_bytes: int
     index_digest: bytes
+    carrier: str = STREAM  # or BLOBS
 
     def __post_init__(self) -> None:
         require(bool(PAYLOAD_ID.match(self.payload_id)), f"payload id {self.payload_id!r}")
+        require(self.carrier in (STREAM, BLOBS), f"carrier {self.carrier[:40]!r}")
         require_digest(self.base, "base fingerprint")
         require_digest(self.target, "target fingerprint")
         require_digest(self.index_digest, "index digest")

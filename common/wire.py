@@ -23,7 +23,7 @@ from .limits import LIMITS
 from .messages import Ack, Lease, Offer, Release, VerifyRequest, WorkerStatus
 from .types import Index, Manifest, PayloadRef
 
-FORMAT = 2
+FORMAT = 3
 #: tag of each top-level record; further ones register themselves with `record`
 _TAGS: dict[type, str] = {
     Release: "release",

@@ -22,6 +22,7 @@ The command line
 
 from __future__ import annotations
 
-from .publish import Published, Publisher
+from .publish import Publisher
+from .published import Published
 
 __all__ = ["Publisher", "Published"]

@@ -13,6 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..common.errors import UnreadableCheckpoint
 from ..common.limits import LIMITS
 from ..common.types import TensorSpec
@@ -43,6 +46,9 @@ class Checkpoint(Protocol):
 
         Raises: CheckpointChanged, UnreadableCheckpoint; KeyError for a name that is not in `specs`.
         """
+
+    def read_into(self, name: str, out: NDArray[np.uint8]) -> None:
+        """All of the tensor's bytes into `out`, which has just that size. Raises: as `blocks`."""
 
     def confirm(self) -> None:
         """Call after the last block. Raises CheckpointChanged if the source changed since it was opened."""
@@ -101,6 +107,12 @@ class FileCheckpoint:
                     yield view[:length].toreadonly()
         finally:
             self._idle.append(buffer)
+
+    def read_into(self, name: str, out: NDArray[np.uint8]) -> None:
+        file, place = self._places[name]
+        if out.size:
+            with file.reading() as descriptor:
+                file.read_into(descriptor, out.data, place.offset)
 
     def confirm(self) -> None:
         for file in self._files:

@@ -102,10 +102,10 @@ class Claim:
         return replace(mine, epoch=epoch)
 
     def _check_server(self) -> None:
-        policy = self.stream.facts().policy
-        if policy and policy != "noeviction":
-            raise NotDurable(
-                f"the server's maxmemory-policy is {policy}: it would drop releases and payloads in silence",
-                about=f"model {self.stream.model!r}",
-                next="set maxmemory-policy noeviction (redis-cli config set maxmemory-policy noeviction)",
-            )
+        for facts, what in ((self.stream.facts(), "server"), (self.stream.payload_facts(), "payload server")):
+            if facts.policy and facts.policy != "noeviction":
+                raise NotDurable(
+                    f"the {what}'s maxmemory-policy is {facts.policy}: it would drop releases and payloads in silence",
+                    about=f"model {self.stream.model!r}",
+                    next="set maxmemory-policy noeviction (redis-cli config set maxmemory-policy noeviction)",
+                )

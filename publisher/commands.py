@@ -12,7 +12,8 @@ from ..common.store import Store
 from .checkpoint import open_checkpoint
 from .fleet import Fleet, fleet
 from .inspect import freeable_bytes, release_dict
-from .publish import Published, Publisher
+from .publish import Publisher
+from .published import Published
 from .retention import reasons_to_keep
 from .screen import share_text, short, size_text
 from .session import EVIDENCE, FILE, Session, Waiting, example, shared
@@ -64,7 +65,7 @@ _ALLOW = click.option(
 @_BUDGET
 @_TAKE_OVER
 @_ALLOW
-@shared("model", "store", "key", "redis")
+@shared("model", "store", "key", "redis", "payload_redis")
 def publish(
     session: Session, path: Path, version: str | None, message: str, wait: str | None, workers: int | None,
     timeout: float, keep: int, budget: int | None, take_over: bool, allow_structure_change: bool,
@@ -98,7 +99,7 @@ def publish(
 @_KEEP
 @_TAKE_OVER
 @_ALLOW
-@shared("model", "store", "key", "redis")
+@shared("model", "store", "key", "redis", "payload_redis")
 def rollback(
     session: Session, to: str, message: str, wait: str | None, workers: int | None, timeout: float, keep: int,
     take_over: bool, allow_structure_change: bool,
@@ -224,7 +225,7 @@ def status(session: Session) -> None:
 @_KEEP
 @click.option("--dry-run", is_flag=True, help="Only say what would be kept, and why.")
 @_TAKE_OVER
-@shared("model", "store", "redis")
+@shared("model", "store", "redis", "payload_redis")
 def gc(session: Session, keep: int, dry_run: bool, take_over: bool) -> None:
     """Drop versions from the store that nobody needs, and say why each of the others stays.
 

@@ -65,8 +65,9 @@ def ingest(
 
 def forget_damaged(manifest: Manifest, store: Store) -> None:
     """Give up the tensors of `manifest` that bit rot got at, so that the next `ingest` puts them in again."""
-    for entry in manifest.tensors:
-        try:
-            store.read(entry.digest, verify=True)
-        except DamagedTensor:
-            store.forget(entry.digest)
+    with store.memory.pinned(manifest.digests):
+        for entry in manifest.tensors:
+            try:
+                store.read(entry.digest, verify=True)
+            except DamagedTensor:
+                store.forget(entry.digest)

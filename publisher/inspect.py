@@ -7,23 +7,21 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..common import wire
-from ..common.codec import encode_block
-from ..common.delta import Part, as_bytes, cores, in_order, plan, removed
-from ..common.errors import DamagedTensor, ProtocolError, UnknownVersion
+from ..common.delta import Encoder, Input
+from ..common.errors import ProtocolError, UnknownVersion
+from ..common.layout import in_body_order, placed
 from ..common.limits import LIMITS
 from ..common.messages import Release
 from ..common.signing import Trust, open_envelope
 from ..common.store import Store
 from ..common.stream import Stream
-from ..common.types import Block, DeltaTensor, Index, Manifest
+from ..common.types import DTYPE_BYTES, Index, Manifest
 from .book import Book, Version
 from .checkpoint import Checkpoint
-from .ingest import OnBytes, hashed, silent
-
-Bytes = NDArray[np.uint8]
+from .compare import Comparison, RottenBaseError
+from .ingest import OnBytes, silent
 
 
 def release_dict(release: Release) -> dict[str, object]:
@@ -198,82 +196,56 @@ class Diff:
 
 def diff(checkpoint: Checkpoint, store: Store | None, head: Release | None, *, on_progress: OnBytes = silent) -> Diff:
     """Compares and encodes as a publish would, and keeps only the sizes. Raises: CheckpointError."""
-    manifest = hashed(checkpoint, on_progress=on_progress)
     base = store.manifest(head.fingerprint) if store and head else None
-    parts = plan(manifest, base)
-    blocks: dict[int, list[Block]] = {number: [] for number in range(len(parts))}
-    elements = dict.fromkeys(range(len(parts)), 0)
-    most = sum(part.entry.spec.size_bytes for part in parts)
-    done = 0
-    for number, block, changed, size in in_order(_compare, _tasks(checkpoint, store, parts), threads=cores()):
-        blocks[number] += [block] if block else []
-        elements[number] += changed
-        done += size
-        on_progress("compare", done, most)
-    tensors = tuple(
-        TensorDiff(
-            part.entry.spec.name,
-            part.entry.spec.size_bytes // part.entry.spec.item_bytes,
-            elements[number],
-            sum(block.encoded_bytes for block in blocks[number]),
-        )
-        for number, part in enumerate(parts)
-    )
+    total = sum(spec.size_bytes for spec in checkpoint.specs.values())
+    while True:
+        compared = Comparison(checkpoint, base, store)
+        elements: list[int] = []  # changed ones of each carried tensor, in body order
+        encoder = Encoder(_counted(compared.inputs(), elements))
+        try:
+            for _ in encoder.chunks():
+                on_progress("compare", compared.read_bytes, total)
+        except RottenBaseError:
+            continue
+        break
+    on_progress("compare", total, total)
     checkpoint.confirm()
+    manifest = compared.manifest()
+    index = encoder.index(compared.changed, target=manifest, base=base)
+    unchanged = base is not None and base.fingerprint == manifest.fingerprint
     return Diff(
         checkpoint.source, head.version if head else None, head.fingerprint if head else None, manifest.fingerprint,
-        tensors, len(manifest.tensors), sum(e.spec.size_bytes // e.spec.item_bytes for e in manifest.tensors),
-        _payload_bytes(manifest, base, parts, blocks), manifest.size_bytes,
+        _tensor_diffs(index, elements), len(manifest.tensors), sum(e.spec.elements for e in manifest.tensors),
+        0 if unchanged else index.body_bytes + len(wire.pack(index)), manifest.size_bytes,
     )  # fmt: skip
 
 
-Task = tuple[int, Part, Bytes, Bytes | None]
+def _counted(inputs: Iterable[Input], elements: list[int]) -> Iterator[Input]:
+    """The same inputs; appends how many elements of each changed."""
+    for each in inputs:
+        integers = np.dtype(f"u{DTYPE_BYTES[each.dtype]}")
+        count = each.new.size // integers.itemsize
+        if each.base is not None:
+            count = int(np.count_nonzero(each.new.view(integers) != each.base.view(integers)))
+        elements.append(count)
+        yield each
 
 
-def _tasks(checkpoint: Checkpoint, store: Store | None, parts: list[Part]) -> Iterator[Task]:
-    for number, part in enumerate(parts):
-        base, start = _base_bytes(store, part.base), 0
-        for block in checkpoint.blocks(part.entry.spec.name):
-            new = as_bytes(bytes(block))  # the checkpoint's buffer is used again for the next block
-            yield number, part, new, None if base is None else base[start : start + new.size]
-            start += new.size
-
-
-def _base_bytes(store: Store | None, digest: bytes | None) -> Bytes | None:
-    if store is None or digest is None:
-        return None
-    try:
-        return as_bytes(store.read(digest, verify=True))
-    except DamagedTensor:
-        return None  # then it would travel whole
-
-
-def _compare(task: Task) -> tuple[int, Block | None, int, int]:
-    """(part, encoded block if this tensor travels, changed elements, decoded bytes)"""
-    number, part, new, base = task
-    spec, block = part.entry.spec, None
-    if part.carried:
-        codec, encoded = encode_block(new, base, dtype=spec.dtype)
-        block = Block(codec, memoryview(encoded).nbytes)
-    changed = new.size // spec.item_bytes
-    if base is not None:
-        integers = np.dtype(f"u{spec.item_bytes}")
-        changed = int(np.count_nonzero(new.view(integers) != base.view(integers)))
-    return number, block, changed, new.size
-
-
-def _payload_bytes(manifest: Manifest, base: Manifest | None, parts: list[Part], blocks: dict[int, list[Block]]) -> int:
-    """Body and index of the payload, as a publish would write them; 0 where it would send nothing."""
-    if base and base.fingerprint == manifest.fingerprint:
-        return 0
-    body = sum(block.encoded_bytes for found in blocks.values() for block in found)
-    chunks = -(-body // LIMITS.chunk_bytes)
-    tensors = tuple(DeltaTensor(p.entry.spec, p.entry.digest, tuple(blocks[n])) for n, p in enumerate(parts))
-    index = Index(
-        base.fingerprint if base else None, manifest.fingerprint, tensors, LIMITS.chunk_bytes, body,
-        (bytes(32),) * chunks, removed(manifest, base),
-    )  # fmt: skip
-    return body + len(wire.pack(index))
+def _tensor_diffs(index: Index, elements: list[int]) -> tuple[TensorDiff, ...]:
+    """Per changed tensor; the bytes of a block that several share are divided among them by size."""
+    order = in_body_order(index.tensors)
+    payload = dict.fromkeys((tensor.spec.name for tensor in order), 0.0)
+    for place in placed((tensor.spec.size_bytes for tensor in order), index.blocks):
+        for span in place.spans:
+            share = span.size / place.block.size_bytes
+            payload[order[span.number].spec.name] += place.block.encoded_bytes * share
+    changed = {tensor.spec.name: count for tensor, count in zip(order, elements, strict=True)}
+    return tuple(
+        TensorDiff(
+            t.spec.name, t.spec.elements, changed.get(t.spec.name, t.spec.elements), round(payload.get(t.spec.name, 0))
+        )
+        for t in index.tensors
+    )
 
 
 # ---------------------------------------------------------------------- gc

@@ -10,16 +10,21 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 from ..common import wire
 from ..common.crashpoint import crash_point
-from ..common.delta import Encoder, cut, plan
+from ..common.delta import Encoder, Input, Part, as_bytes, cut, plan
 from ..common.digest import digest_of
 from ..common.errors import DamagedTensor, OverBudget, StreamError, UnknownVersion
+from ..common.layout import in_body_order
 from ..common.limits import GIB, LIMITS
+from ..common.store import Store
 from ..common.stream import Stream
-from ..common.types import Manifest, PayloadRef
+from ..common.threads import ahead
+from ..common.types import Index, Manifest, PayloadRef
 from .book import Book, SentPayload, now_ms
 from .fleet import Fleet, fleet
 
@@ -28,6 +33,7 @@ _WRITING_TTL_S, _KEPT_TTL_S = 600.0, 86_400.0
 #: payloads may take this share of the server's maxmemory, or this much where it has no limit
 _SHARE, _UNLIMITED_BYTES = 0.8, 8 * GIB
 _POLL_S = 0.1
+_UNKNOWN = bytes(32)  # the target of a payload whose last tensor was not read yet
 
 Notify = Callable[[str], None]
 
@@ -47,9 +53,23 @@ class Payloads:
     def budget_bytes(self) -> int:
         """Memory that payloads may take in the server."""
         if self._budget_bytes is None:
-            limit = self._stream.facts().max_bytes
+            limit = self._stream.payload_facts().max_bytes
             self._budget_bytes = int(limit * _SHARE) if limit else _UNLIMITED_BYTES
         return self._budget_bytes
+
+    @contextmanager
+    def outgoing(self, base: Manifest | None, *, lacks: tuple[bytes, ...] = ()) -> Iterator[Outgoing]:
+        """A payload in the making; whatever was written of it is removed unless the block ends with `finish`.
+
+        Raises: OverBudget, StreamError.
+        """
+        out = Outgoing(self, base.fingerprint if base else None, lacks, self._stream.carrier())
+        self._book.save_payload(out.record)
+        try:
+            yield out
+        finally:
+            if out.ref is None:
+                self.remove(out.payload_id)
 
     def send(
         self,
@@ -59,35 +79,27 @@ class Payloads:
         lacks: tuple[bytes, ...] = (),
         on_progress: Callable[[int, int], None] = lambda _done, _total: None,
     ) -> PayloadRef:
-        """Encode `base` -> `target` and write it; returns what to announce.
+        """Encode `base` -> `target` out of the store and write it; returns what to announce.
 
         `on_progress(sent, at most)` in bytes. Raises: OverBudget, StreamError, UnknownVersion when the store lost a
         tensor of the target. Whatever was written is removed then.
         """
-        record = SentPayload(
-            secrets.token_hex(16), base.fingerprint if base else None, target.fingerprint, tuple(sorted(lacks)),
-            0, None, socket.gethostname(), os.getpid(), now_ms(),
-        )  # fmt: skip
-        self._book.save_payload(record)
-        try:
-            ref = self._write(record.payload_id, target, base, lacks, on_progress)
-        except BaseException as error:
-            self._remove(record.payload_id)
-            if isinstance(error, DamagedTensor):
+        parts = without_rotten_bases(plan(target, base, lacks=lacks), self._book.store)
+        most = sum(part.tensor.spec.size_bytes for part in parts if part.tensor.carried)
+        store, both = self._book.store, target.digests | (base.digests if base else frozenset())
+        with store.memory.pinned(both), self.outgoing(base, lacks=lacks) as out:
+            encoder = Encoder(inputs(parts, store))
+            try:
+                for chunk in ahead(encoder.chunks(), depth=2):
+                    out.put(chunk)
+                    on_progress(out.sent_bytes, most)
+            except DamagedTensor as error:
                 raise UnknownVersion(
                     f"the store lost a tensor of the version: {error.what}",
                     about=f"store {self._book.store.root}",
                     next="publish the checkpoint again: that heals the store",
                 ) from error
-            raise
-        self._book.save_payload(
-            SentPayload(
-                record.payload_id, record.base, record.target, record.lacks, ref.size_bytes, ref, record.host,
-                record.pid, record.created_at_ms,
-            )
-        )  # fmt: skip
-        self._stream.keep_payload(record.payload_id, ttl_s=_KEPT_TTL_S)
-        return ref
+            return out.finish(encoder.index([part.tensor for part in parts], target=target, base=base))
 
     def find(
         self, need: tuple[bytes | None, bytes, tuple[bytes, ...]], *, refused: frozenset[str]
@@ -120,44 +132,18 @@ class Payloads:
         for payload in self._book.payloads():
             unneeded = payload.ref is not None and payload.target not in pursued
             if unneeded or payload.abandoned:
-                self._remove(payload.payload_id)
+                self.remove(payload.payload_id)
                 freed += payload.size_bytes
         return freed
 
-    def _write(
-        self, payload_id: str, target: Manifest, base: Manifest | None, lacks: tuple[bytes, ...],
-        on_progress: Callable[[int, int], None],
-    ) -> PayloadRef:  # fmt: skip
-        parts = plan(target, base, lacks=lacks)
-        encoder = Encoder(self._book.store, parts, base=base, target=target)
-        most = sum(part.entry.spec.size_bytes for part in parts if part.carried)
-        number = sent = 0
-        for chunk in encoder.chunks():
-            self._put(payload_id, number, chunk, sent)
-            number, sent = number + 1, sent + len(chunk)
-            on_progress(sent, most)
-            crash_point("publisher.sent-chunk")
-        index = encoder.index()
-        data = wire.pack(index)
-        if len(data) > LIMITS.index_bytes:
-            raise OverBudget(f"the index of {len(index.tensors)} changed tensors takes {len(data)} bytes")
-        pieces = cut(data)
-        for offset, piece in enumerate(pieces):
-            self._put(payload_id, number + offset, piece, sent)
-            sent += len(piece)
-        crash_point("publisher.sent-all")
-        return PayloadRef(
-            payload_id, index.base, index.target, number, index.body_bytes, len(pieces), len(data), digest_of(data)
-        )
-
-    def _put(self, payload_id: str, number: int, data: memoryview, sent: int) -> None:
+    def put(self, payload_id: str, number: int, data: memoryview, sent: int, *, carrier: str) -> None:
         """One chunk, when there is room for it; the same number is sent again until the server has it."""
         deadline = time.monotonic() + self._wait_s
         told = False
         while True:
             try:
                 self._check_room(payload_id, sent, len(data))
-                self._stream.put_chunk(payload_id, number, data, ttl_s=_WRITING_TTL_S)
+                self._stream.put_chunk(payload_id, number, data, ttl_s=_WRITING_TTL_S, carrier=carrier)
                 return
             except OverBudget as error:
                 if sent + len(data) > self.budget_bytes or time.monotonic() > deadline:
@@ -167,6 +153,11 @@ class Payloads:
                     told = True
                 self.clean(fleet(self._stream))
                 time.sleep(_POLL_S)
+
+    def finished(self, record: SentPayload) -> None:
+        """Known to be whole from now on."""
+        self._book.save_payload(record)
+        self._stream.keep_payload(record.payload_id, ttl_s=_KEPT_TTL_S)
 
     def _check_room(self, payload_id: str, sent: int, size: int) -> None:
         others = [p for p in self._book.payloads() if p.payload_id != payload_id]
@@ -178,9 +169,72 @@ class Payloads:
                 next="raise --budget (and the server's maxmemory), or wait until workers have caught up",
             )
 
-    def _remove(self, payload_id: str) -> None:
+    def remove(self, payload_id: str) -> None:
         try:
             self._stream.drop_payload(payload_id)
         except StreamError:
             return  # its expiry removes it; the record goes with the next clean
         self._book.drop_payload(payload_id)
+
+
+class Outgoing:
+    """One payload on its way into the server. Made by `Payloads.outgoing`; used by one thread."""
+
+    def __init__(self, payloads: Payloads, base: bytes | None, lacks: tuple[bytes, ...], carrier: str):
+        self.payload_id = secrets.token_hex(16)
+        self.ref: PayloadRef | None = None  # once it is whole
+        self.sent_bytes = 0
+        self._payloads, self._carrier, self._number = payloads, carrier, 0
+        #: what the store knows of it while it is written: where it leads is known at the end
+        self.record = SentPayload(
+            self.payload_id, base, _UNKNOWN, tuple(sorted(lacks)), 0, None, socket.gethostname(), os.getpid(), now_ms()
+        )
+
+    def put(self, chunk: memoryview) -> None:
+        """The next chunk of the body. Raises: OverBudget, StreamError."""
+        self._put(chunk)
+        crash_point("publisher.sent-chunk")
+
+    def finish(self, index: Index) -> PayloadRef:
+        """The index behind the body; returns what to announce. Raises: OverBudget, StreamError."""
+        data = wire.pack(index)
+        if len(data) > LIMITS.index_bytes:
+            raise OverBudget(f"the index of {len(index.tensors)} changed tensors takes {len(data)} bytes")
+        body_chunks, pieces = self._number, cut(data)
+        for piece in pieces:
+            self._put(piece)
+        crash_point("publisher.sent-all")
+        ref = PayloadRef(
+            self.payload_id, index.base, index.target, body_chunks, index.body_bytes, len(pieces), len(data),
+            digest_of(data), self._carrier,
+        )  # fmt: skip
+        self._payloads.finished(replace(self.record, target=index.target, size_bytes=ref.size_bytes, ref=ref))
+        self.ref = ref
+        return ref
+
+    def _put(self, data: memoryview) -> None:
+        self._payloads.put(self.payload_id, self._number, data, self.sent_bytes, carrier=self._carrier)
+        self._number, self.sent_bytes = self._number + 1, self.sent_bytes + len(data)
+
+
+def without_rotten_bases(parts: list[Part], store: Store) -> list[Part]:
+    """The same parts; a tensor whose base bit rot got at travels whole: receivers' copies are their own."""
+    sound = []
+    for part in parts:
+        if part.base is not None:
+            try:
+                store.read(part.base, verify=True)
+            except DamagedTensor:
+                store.forget(part.base)
+                part = Part(replace(part.tensor, based=False), None)
+        sound.append(part)
+    return sound
+
+
+def inputs(parts: list[Part], store: Store) -> Iterator[Input]:
+    """The carried tensors of `parts` out of the store, in body order. Raises: DamagedTensor for one of the target."""
+    bases = {part.tensor.spec.name: part.base for part in parts}
+    for tensor in in_body_order(part.tensor for part in parts):
+        base = bases[tensor.spec.name]
+        new = as_bytes(store.read(tensor.digest, verify=True))
+        yield Input(tensor.spec.dtype, new, None if base is None else as_bytes(store.read(base, verify=False)))

@@ -7,73 +7,46 @@ real is its record in the store; the log in the server is a copy that can be wri
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..common import wire
 from ..common.crashpoint import crash_point
-from ..common.errors import ProtocolError, UnknownVersion, UsageError, VersionExists
+from ..common.errors import DamagedTensor, ProtocolError, UnknownVersion, UsageError, VersionExists
 from ..common.limits import LIMITS
-from ..common.messages import Ack, Evidence, Release
-from ..common.redis_stream import RedisStream
+from ..common.messages import Release
+from ..common.redis_stream import AUTO, RedisStream
 from ..common.signing import SigningKey, seal
 from ..common.store import Collected, Store
 from ..common.stream import Stream
 from ..common.types import VERSION_ID, Manifest, PayloadRef
 from .book import Book, PublisherState, Version, now_ms, released
+from .broadcast import broadcast, send_whole
 from .checkpoint import open_checkpoint
 from .claim import LEASE_S, LOCK_S, Claim
-from .fleet import Fleet, fleet
-from .ingest import OnBytes, forget_damaged, hashed, ingest, silent
+from .fleet import fleet
+from .ingest import OnBytes, silent
 from .payloads import Payloads
+from .published import Published
 from .retention import reasons_to_keep
 from .service import Service
 from .structure import restructures
-from .wait import as_evidence, wait_for
 
 if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True, slots=True)
-class Published:
-    """A release and the way to wait for it. `release` has version, fingerprint, payload_bytes, full_bytes..."""
-
-    release: Release
-    stream: Stream
-    already: bool = False  # it was the target before: nothing was sent
-
-    @property
-    def version(self) -> str:
-        return self.release.version
-
-    def wait(
-        self,
-        workers: int | None = None,
-        *,
-        evidence: str | Evidence = Evidence.SERVING,
-        timeout_s: float = 60.0,
-        on_progress: Callable[[Fleet, dict[str, Ack]], None] = lambda _fleet, _acks: None,
-    ) -> dict[str, Ack]:
-        """Acks by worker once `workers` of them (default: every live one) reached `evidence`.
-
-        Raises: WorkerFailed with the worker's reason, DeadlineExceeded naming who is missing, Superseded.
-        """
-        return wait_for(
-            self.stream, self.release, workers=workers, evidence=as_evidence(evidence), timeout_s=timeout_s,
-            on_progress=on_progress,
-        )  # fmt: skip
-
-
 class Publisher:
     """Publishes versions of one model from one store.
 
-    Args: `redis` a URL or a Stream; `store` a folder (each model gets a folder in it); `key` an Ed25519 key file;
+    Args: `redis` a URL or a Stream; `payload_redis` the URL of another server for payloads; `carrier` of payloads:
+    auto, stream or blobs; `store` a folder (each model gets a folder in it); `key` an Ed25519 key file;
     `take_over` fence off another store that holds the lease; `keep` versions kept besides those still needed;
     `budget_bytes` of server memory for payloads; `answer` answers workers' requests from a thread as long as this
-    object is open (several commands on one store may do so); `notify` hears a sentence when something takes time.
+    object is open (several commands on one store may do so); `resident` keeps the last version in memory (as many bytes
+    as the model has), so that the next one is compared with memory instead of the store; `notify` hears a sentence when
+    something takes time.
     Raises: UsageError, StoreError, StreamError, NotDurable.
     """
 
@@ -81,6 +54,8 @@ class Publisher:
         self,
         redis: str | Stream,
         *,
+        payload_redis: str | None = None,
+        carrier: str = AUTO,
         model: str,
         store: str | Path,
         key: str | Path | SigningKey | None = None,
@@ -89,15 +64,18 @@ class Publisher:
         budget_bytes: int | None = None,
         budget_wait_s: float = 60.0,
         answer: bool = True,
+        resident: bool = True,
         notify: Callable[[str], None] = lambda _text: None,
     ):
         if keep < 1:
             raise UsageError(f"keep {keep}: at least the current version must be kept")
-        self.stream: Stream = RedisStream(redis, model) if isinstance(redis, str) else redis
+        if isinstance(redis, str):
+            redis = RedisStream(redis, model, payload_url=payload_redis, carrier=carrier)
+        self.stream: Stream = redis
         self.model, self.store = model, Store(Path(store) / model)
         self.book = Book(self.store)
         self.key = SigningKey.load(key) if isinstance(key, str | Path) else key
-        self.keep, self._notify = keep, notify
+        self.keep, self._resident, self._notify = keep, resident, notify
         self._payloads = Payloads(
             self.stream, self.book, budget_bytes=budget_bytes, wait_s=budget_wait_s, notify=notify
         )
@@ -136,23 +114,29 @@ class Publisher:
                 self.stream, checkpoint.specs, head, base, version=version or checkpoint.source,
                 allowed=allow_structure_change,
             )  # fmt: skip
-            manifest = hashed(checkpoint, on_progress=on_progress)
-            self._check_id(version, manifest)
-            ingest(checkpoint, manifest, self.store, serving=self._serving(), on_progress=on_progress)
             name = version or self._free_id()
-            if head and (head.version, head.fingerprint) == (name, manifest.fingerprint) and self._is_target(head):
+
+            def accept(manifest: Manifest) -> bool:
+                self._check_id(version, manifest)
+                if not self._is_current(head, name, manifest):
+                    source, known = checkpoint.source, self._is_released(name)
+                    self.book.save_version(Version(name, manifest.fingerprint, known, now_ms(), message, source))
+                return self._wanted(manifest, base)
+
+            self._payloads.clean(fleet(self.stream))
+            if base is None:
+                manifest, payload = send_whole(
+                    checkpoint, self.store, self._payloads, check=lambda found: self._check_id(version, found),
+                    accept=accept, serving=self._serving(), notify=self._notify, on_progress=on_progress,
+                )  # fmt: skip
+            else:
+                manifest, payload = broadcast(
+                    checkpoint, base, self.store, self._payloads, resident=self._resident, accept=accept,
+                    on_progress=on_progress,
+                )  # fmt: skip
+            if head and self._is_current(head, name, manifest):
                 return Published(head, self.stream, already=True)
-            self.book.save_version(
-                Version(name, manifest.fingerprint, self._is_released(name), now_ms(), message, checkpoint.source)
-            )
             changed = len(manifest.changed_from(base))
-            try:
-                payload = self._payload(manifest, base, on_progress)
-            except UnknownVersion as damage:  # bit rot in the store: the checkpoint at hand puts it right
-                self._notify(f"healing the store: {damage.what}")
-                forget_damaged(manifest, self.store)
-                ingest(checkpoint, manifest, self.store, serving=self._serving(), on_progress=on_progress)
-                payload = self._payload(manifest, base, on_progress)
             return self._commit("publish", name, manifest, head, payload, changed, message, restructure)
 
     def rollback(
@@ -227,12 +211,16 @@ class Publisher:
                 next="choose another --version; a version id never changes its meaning",
             )
 
-    def _payload(self, manifest: Manifest, base: Manifest | None, on_progress: OnBytes) -> PayloadRef | None:
-        """Write what live workers lack of `manifest`; None when all of them hold it."""
+    def _wanted(self, manifest: Manifest, base: Manifest | None) -> bool:
+        """Whether anybody may lack it: no worker may be here yet."""
         now = fleet(self.stream)
-        self._payloads.clean(now)
         unchanged = base is not None and base.fingerprint == manifest.fingerprint
-        if unchanged or (now.live and all(worker.holds(manifest.fingerprint) for worker in now.live)):
+        return not unchanged and not (now.live and all(worker.holds(manifest.fingerprint) for worker in now.live))
+
+    def _payload(self, manifest: Manifest, base: Manifest | None, on_progress: OnBytes) -> PayloadRef | None:
+        """Write what live workers lack of `manifest`, out of the store; None when all of them hold it."""
+        self._payloads.clean(fleet(self.stream))
+        if not self._wanted(manifest, base):
             return None
         return self._payloads.send(manifest, base, on_progress=lambda done, total: on_progress("send", done, total))
 
@@ -275,7 +263,16 @@ class Publisher:
     def _collect(self, keep: int) -> tuple[dict[str, str], Collected]:
         reasons = reasons_to_keep(self.book.releases(), fleet(self.stream), self.book.payloads(), keep=keep)
         kept_ids = {v.version: reasons[v.fingerprint] for v in self.book.versions() if v.fingerprint in reasons}
+        self._anchor()
         return kept_ids, self.store.collect(reasons)
+
+    def _anchor(self) -> None:
+        """Now and then the target is written whole, so that no version takes many deltas to rebuild."""
+        head = self.book.head()
+        manifest = self._manifest(head)
+        if manifest is not None:
+            with suppress(DamagedTensor):  # it is found again, and healed, by whoever needs it
+                self.store.anchor(manifest)
 
     def _free_id(self) -> str:
         taken = {v.version for v in self.book.versions()}
@@ -287,6 +284,14 @@ class Publisher:
     def _is_released(self, name: str) -> bool:
         version = self.book.version(name)
         return version is not None and version.released
+
+    def _is_current(self, head: Release | None, name: str, manifest: Manifest) -> bool:
+        """Whether the fleet's target is this version already, under this name."""
+        return (
+            head is not None
+            and (head.version, head.fingerprint) == (name, manifest.fingerprint)
+            and self._is_target(head)
+        )
 
     def _is_target(self, head: Release) -> bool:
         """Whether this store's last release is the fleet's too; not if another store published since."""

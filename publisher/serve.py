@@ -60,7 +60,7 @@ def ending_on_signals() -> Iterator[None]:
 )
 @click.option("--budget", type=click.IntRange(1), metavar="BYTES", help="Server memory for payloads.")
 @click.option("--take-over", is_flag=True, help="Fence off another store that publishes this model.")
-@shared("model", "store", "key", "redis")
+@shared("model", "store", "key", "redis", "payload_redis")
 def serve(session: Session, watch: Path | None, poll: float, keep: int, budget: int | None, take_over: bool) -> None:
     """Run as a daemon that answers workers which come late or lack bytes.
 
@@ -71,7 +71,7 @@ def serve(session: Session, watch: Path | None, poll: float, keep: int, budget: 
     reporter = Reporter(session)
     with (
         ending_on_signals(),
-        session.publisher(take_over=take_over, keep=keep, budget=budget) as publisher,
+        session.publisher(take_over=take_over, keep=keep, budget=budget, resident=watch is not None) as publisher,
         publisher.store.lock(SERVE_LOCK, wait_s=_HANDOVER_S, holder="refleet serve"),
     ):
         watched = Watch(watch, publisher, reporter.tell) if watch else None

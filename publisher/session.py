@@ -37,6 +37,7 @@ class Session:
     screen: Screen
     as_json: bool = False
     redis: str = ""
+    payload_redis: str = ""
     model: str = ""
     store: Path | None = None
     key: Path | None = None
@@ -48,7 +49,9 @@ class Session:
     @contextmanager
     def stream(self) -> Iterator[Stream]:
         self.asked_server = True
-        stream = RedisStream(self.redis, self.model)
+        stream = RedisStream(
+            self.redis, self.model, payload_url=self.payload_redis or None, carrier=self.settings.carrier
+        )
         try:
             yield stream
         finally:
@@ -56,14 +59,21 @@ class Session:
 
     @contextmanager
     def publisher(
-        self, *, take_over: bool = False, keep: int = 16, budget: int | None = None, answer: bool = True
+        self,
+        *,
+        take_over: bool = False,
+        keep: int = 16,
+        budget: int | None = None,
+        answer: bool = True,
+        resident: bool = False,
     ) -> Iterator[Publisher]:
         """The publisher of the store. Raises: UsageError without a store."""
         store = self.store_folder()
         self.asked_server = True
         publisher = Publisher(
-            self.redis, model=self.model, store=store, key=self.signing_key(), take_over=take_over, keep=keep,
-            budget_bytes=budget, answer=answer, notify=self.screen.note,
+            self.redis, payload_redis=self.payload_redis or None, carrier=self.settings.carrier, model=self.model,
+            store=store, key=self.signing_key(), take_over=take_over, keep=keep, budget_bytes=budget,
+            answer=answer, resident=resident, notify=self.screen.note,
         )  # fmt: skip
         with publisher:
             yield publisher
@@ -132,6 +142,11 @@ _OPTIONS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "json": click.option("--json", "as_json", is_flag=True, help="Print JSON; its keys are in docs/cli.md."),
     "model": click.option("--model", required=True, metavar="NAME", help="Name of the model, the same for workers."),
     "redis": click.option("--redis", metavar="URL", help="Server.  [REFLEET_REDIS; redis://127.0.0.1:6379]"),
+    "payload_redis": click.option(
+        "--payload-redis",
+        metavar="URL",
+        help="Another server for payloads, the same as the workers'.  [REFLEET_PAYLOAD_REDIS]",
+    ),
     "store": click.option("--store", type=FILE, metavar="DIR", help="The publisher's store.  [REFLEET_STORE]"),
     "key": click.option("--key", type=FILE, metavar="FILE", help="Sign with this private key.  [REFLEET_KEY]"),
     "trust": click.option(
@@ -148,7 +163,7 @@ def shared(*names: str) -> Callable[[Callable[..., R]], Callable[..., R]]:
         def run(session: Session, *, as_json: bool, **flags: Any) -> R:
             found = session.settings
             session.as_json = as_json
-            session.redis = found.redis
+            session.redis, session.payload_redis = found.redis, found.payload_redis
             session.store, session.key, session.trust = found.store, found.key, found.trust
             for name in names:
                 given = flags.pop(name)

@@ -48,6 +48,12 @@ class TensorCheckpoint:
         with self._naming(name):
             yield from tensor_blocks(self._tensors[name], block_bytes=block_bytes)
 
+    def read_into(self, name: str, out: NDArray[np.uint8]) -> None:
+        start = 0
+        for block in self.blocks(name):
+            out[start : start + len(block)] = np.frombuffer(block, np.uint8)
+            start += len(block)
+
     def confirm(self) -> None:
         for name, mark in self._marks.items():
             if self._mark(name) != mark:

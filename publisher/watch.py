@@ -28,7 +28,8 @@ from ..common.errors import (
 from ..common.types import VERSION_ID
 from .checkpoint import open_checkpoint
 from .ingest import hashed
-from .publish import Published, Publisher
+from .publish import Publisher
+from .published import Published
 
 _SUFFIX = ".safetensors"
 _SHARD = re.compile(r"-\d{2,6}-of-\d{2,6}\.safetensors\Z")

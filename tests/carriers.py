@@ -7,7 +7,7 @@ from typing import Protocol
 from refleet.common.limits import LIMITS, Limits
 from refleet.common.memory_stream import MemoryServer, MemoryStream
 from refleet.common.messages import Lease
-from refleet.common.redis_stream import RedisStream
+from refleet.common.redis_stream import AUTO, RedisStream
 from refleet.common.stream import Stream
 from servers import Server
 
@@ -66,11 +66,12 @@ class OnServer:
         self._url = server.url
         self._streams: list[RedisStream] = []
 
-    def stream(self, *, limits: Limits = LIMITS) -> Stream:
-        self._streams.append(RedisStream(self._url, self.model, limits=limits))
+    def stream(self, *, limits: Limits = LIMITS, carrier: str = AUTO) -> Stream:
+        self._streams.append(RedisStream(self._url, self.model, limits=limits, carrier=carrier))
         return self._streams[-1]
 
     def lose(self, *keys: str) -> None:
+        """A payload's chunks are lost by `lose()` alone: their keys carry the payload's id."""
         names = [f"refleet:{{{self.model}}}:{key}" for key in keys]
         names = names or list(self.client.scan_iter(match=f"refleet:{{{self.model}*"))
         if names:

@@ -13,6 +13,8 @@ from bundle_twin import own_bundle, saved_bundle  # noqa: F401 - fixtures
 from carriers import Carrier, InMemory, OnServer
 from cli_runs import cli  # noqa: F401 - a fixture
 from engine_cases import case, follower  # noqa: F401 - fixtures
+from refleet.common.redis_stream import RedisStream
+from refleet.common.types import BLOBS, STREAM
 from servers import KINDS, Server, binary
 from worker_runs import runs  # noqa: F401 - a fixture
 from world import World
@@ -102,6 +104,26 @@ def carrier(request: pytest.FixtureRequest, model: str) -> Iterator[Carrier]:
         place = OnServer(request.getfixturevalue(request.param), model)
     yield place
     place.close()
+
+
+@pytest.fixture(params=[STREAM, BLOBS])
+def kind(request: pytest.FixtureRequest) -> str:
+    """Each way in which a payload may lie in a server."""
+    return str(request.param)
+
+
+@pytest.fixture
+def connect() -> Iterator[Callable[..., RedisStream]]:
+    """`connect(url)`: a stream that is closed after the test."""
+    streams: list[RedisStream] = []
+
+    def make(url: str, model: str = "m", *, timeout_s: float = 20.0) -> RedisStream:
+        streams.append(RedisStream(url, model, timeout_s=timeout_s))
+        return streams[-1]
+
+    yield make
+    for stream in streams:
+        stream.close()
 
 
 @pytest.fixture

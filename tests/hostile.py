@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from carriers import Carrier, InMemory, OnServer
 from refleet.common import codec, wire
 from refleet.common.digest import digest_of
-from refleet.common.memory_stream import _Entries
+from refleet.common.layout import in_body_order
+from refleet.common.memory_server import MemoryEntries
 from refleet.common.messages import Lease, Offer, Release
 from refleet.common.signing import SigningKey, seal
 from refleet.common.stream import Keys
@@ -56,14 +57,18 @@ class Outsider:
         key = self.keys.chunks(payload_id)
         if isinstance(self._carrier, OnServer):
             client = self._carrier.client
-            there = {int(i.split(b"-")[0]) - 1: fields[b"c"] for i, fields in client.xrange(key)}
-            client.unlink(key)
+            entries = {int(i.split(b"-")[0]) - 1: fields for i, fields in client.xrange(key)}
+            blobs = any(b"b" in fields for fields in entries.values())
+            there = {n: client.get(self.keys.blob(payload_id, n)) if blobs else f[b"c"] for n, f in entries.items()}
+            client.unlink(key, *(self.keys.blob(payload_id, number) for number in entries))
             for number, data in sorted(change(there).items()):
-                client.xadd(key, {"c": data}, id=f"{number + 1}-0")
+                client.xadd(key, {"b": b""} if blobs else {"c": data}, id=f"{number + 1}-0")
+                if blobs:
+                    client.set(self.keys.blob(payload_id, number), data)
             return
         server = self._carrier.server
         with server.changed:
-            spoiled = _Entries()
+            spoiled = MemoryEntries()
             there = {number - 1: data for (number, _), data in server.entries(key).by_id.items()}
             for number, data in sorted(change(there).items()):
                 spoiled.add((number + 1, 0), data)
@@ -97,10 +102,15 @@ def other_lease(epoch: int) -> Lease:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One tensor of a crafted delta: what the index claims, and the encoded blocks that really follow."""
+    """One tensor of a crafted delta: what the index claims, and the encoded block that really follows, if any."""
 
     entry: TensorEntry
     blocks: tuple[tuple[int, bytes], ...]  # codec, bytes
+
+    @property
+    def tensor(self) -> DeltaTensor:
+        based = any(codec.needs_base(number) for number, _ in self.blocks)
+        return DeltaTensor(self.entry.spec, self.entry.digest, bool(self.blocks), based)
 
 
 def raw_lines(publisher: Publisher, target: Manifest, base: Manifest | None) -> list[Line]:
@@ -118,15 +128,16 @@ def craft(
 ) -> PayloadRef:  # fmt: skip
     """Write a delta that is consistent with itself, whatever it leads to; `claim_...`: what its reference says."""
     payload_id = secrets.token_hex(16)
-    body = b"".join(data for line in lines for _, data in line.blocks)
-    tensors = tuple(
-        DeltaTensor(line.entry.spec, line.entry.digest, tuple(Block(number, len(data)) for number, data in line.blocks))
-        for line in lines
-    )
+    tensors = tuple(line.tensor for line in lines)
+    by_name = {line.entry.spec.name: line for line in lines}
+    encoded = [(tensor, *by_name[tensor.spec.name].blocks[0]) for tensor in in_body_order(tensors)]
+    blocks = tuple(Block(number, tensor.spec.size_bytes, len(data)) for tensor, number, data in encoded)
+    body = b"".join(data for _, _, data in encoded)
     chunks = [body] if body else []
     index = Index(
-        base, target, tensors, max(len(body), 1), len(body), tuple(digest_of(chunk) for chunk in chunks), removed
-    )
+        base, target, tensors, blocks, max(len(body), 1), len(body), tuple(digest_of(chunk) for chunk in chunks),
+        removed,
+    )  # fmt: skip
     data = wire.pack(index)
     outsider.put(payload_id, [*chunks, data])
     return PayloadRef(

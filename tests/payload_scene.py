@@ -9,7 +9,7 @@ from hostile import Line, Outsider, raw_lines
 from refleet.common.messages import Evidence
 from refleet.common.types import PayloadRef
 from refleet.publisher import Publisher
-from refleet.publisher.publish import Published
+from refleet.publisher.published import Published
 from refleet.worker.memory_engine import MemoryEngine
 from world import World, checkpoint, holds, served
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import redis
 from carriers import PAYLOAD, TTL_S, claimed, lease_of
-from refleet.common.errors import StreamUnavailable
+from refleet.common.errors import StreamGap, StreamUnavailable
 from refleet.common.redis_stream import RedisStream
+from refleet.common.types import BLOBS, STREAM
 from servers import Server
 
+PAYLOADS = ((PAYLOAD, STREAM), ("e" * 32, BLOBS))
 SHIPPED = Path(__file__).parents[1] / "deploy" / "users.acl"
 
 
@@ -50,21 +53,29 @@ def test_both_roles_can_do_all_of_their_work(users: Callable[..., RedisStream]) 
 
     lease = claimed(publisher)
     publisher.renew(lease, ttl_s=TTL_S)
-    for number in (0, 1, 1):
-        publisher.put_chunk(PAYLOAD, number, b"data", ttl_s=TTL_S)
-    publisher.keep_payload(PAYLOAD, ttl_s=TTL_S)
+    for payload, kind in PAYLOADS:
+        for number in (0, 1, 1):
+            publisher.put_chunk(payload, number, b"data", ttl_s=TTL_S, carrier=kind)
+        publisher.keep_payload(payload, ttl_s=TTL_S)
     for _ in range(2):
         publisher.append(lease, 1, b"release", ttl_s=TTL_S)
     publisher.offer(lease, b"offer", ttl_s=TTL_S)
     publisher.ask(b"verify")
     assert publisher.lease() == lease and publisher.history(1) == [((1, 1), b"release")]
-    assert publisher.payload_chunks(PAYLOAD) == 2 and publisher.facts().run_id
+    assert all(publisher.payload_chunks(payload) == 2 for payload, _ in PAYLOADS)
+    assert publisher.carrier() in (STREAM, BLOBS) and publisher.facts().run_id
 
     found = worker.read((0, 0), "0-0", block_s=0.1)
     assert found.log == [((1, 1), b"release")] and len(found.control) == 2
     assert worker.last_ids() == ((1, 1), found.control[-1][0]) == publisher.last_ids()
     assert worker.history(1) == found.log
-    assert worker.chunks(PAYLOAD, 0, 2) == [b"data"] * 2 and worker.payload_chunks(PAYLOAD) == 2
+    for payload, kind in PAYLOADS:
+        room = memoryview(bytearray(9))
+        assert worker.chunks(payload, 0, 2, carrier=kind) == [b"data"] * 2
+        with worker.payload_reader(payload, range(2), carrier=kind) as reader:
+            assert [reader.read(number, room) for number in range(2)] == [4, 4]
+        with pytest.raises(StreamGap):
+            worker.read_chunk(payload, 2, room, carrier=kind)
     worker.ack("worker-1", b"served")
     worker.beat("worker-1", b"here")
     assert worker.member("worker-1").status == b"here"
@@ -77,8 +88,9 @@ def test_both_roles_can_do_all_of_their_work(users: Callable[..., RedisStream]) 
     worker.beat("worker-1", b"back")
     publisher.leave("worker-1")
     assert publisher.members() == []
-    publisher.drop_payload(PAYLOAD)
-    assert publisher.payload_chunks(PAYLOAD) == 0
+    for payload, _ in PAYLOADS:
+        publisher.drop_payload(payload)
+        assert publisher.payload_chunks(payload) == 0
 
 
 def test_a_worker_can_neither_release_nor_claim(guarded: Server, users: Callable[..., RedisStream]) -> None:
@@ -93,6 +105,7 @@ def test_a_worker_can_neither_release_nor_claim(guarded: Server, users: Callable
         lambda: worker.offer(lease, b"forged", ttl_s=TTL_S),
         lambda: worker.ask(b"forged"),
         lambda: worker.put_chunk(PAYLOAD, 1, b"forged", ttl_s=TTL_S),
+        lambda: worker.put_chunk(PAYLOAD, 0, b"forged", ttl_s=TTL_S, carrier=BLOBS),
         lambda: worker.keep_payload(PAYLOAD, ttl_s=TTL_S),
         lambda: worker.drop_payload(PAYLOAD),
     ):
@@ -102,12 +115,16 @@ def test_a_worker_can_neither_release_nor_claim(guarded: Server, users: Callable
             ("XADD", "refleet:{demo}:log", "9-9", "r", "forged"),
             ("XADD", "refleet:{demo}:control", "*", "r", "forged"),
             ("XADD", f"refleet:{{demo:{PAYLOAD}}}:chunks", "9-0", "c", "forged"),
+            ("SET", f"refleet:{{demo:{PAYLOAD}}}:blob:0", "forged"),
+            ("UNLINK", f"refleet:{{demo:{PAYLOAD}}}:blob:0"),
+            ("PEXPIRE", f"refleet:{{demo:{PAYLOAD}}}:blob:0", "1"),
             ("XGROUP", "CREATE", "refleet:{demo}:log", "g", "0"),
             ("XREADGROUP", "GROUP", "g", "c", "STREAMS", "refleet:{demo}:log", ">"),
             ("UNLINK", "refleet:{demo}:log"),
             ("UNLINK", "refleet:{demo}:members"),
             ("SET", "refleet:{demo}:epoch", "99"),
             ("GET", "refleet:{demo}:epoch"),
+            ("GET", "refleet:{demo}:worker:worker-2"),
             ("KEYS", "*"),
             ("FLUSHALL",),
             ("CONFIG", "GET", "*"),
@@ -145,10 +162,40 @@ def test_nobody_reaches_another_model_or_comes_without_a_name(
     for user in ("publisher", "worker-1"):
         other = users(user, "demo2")
         refused(other.last_ids)
-        refused(lambda: other.chunks(PAYLOAD, 0, 1))  # noqa: B023
+        for _, kind in PAYLOADS:
+            refused(lambda: other.read_chunk(PAYLOAD, 0, memoryview(bytearray(9)), carrier=kind))  # noqa: B023
     with pytest.raises(StreamUnavailable, match="refuses the sign-in"):
         users("nobody").last_ids()
     without_name = RedisStream(guarded.url, "demo")
     with pytest.raises(StreamUnavailable, match="refuses the sign-in"):
         without_name.last_ids()
     without_name.close()
+
+
+def test_the_narrower_roles_of_a_payload_server_are_enough_for_it(
+    new_server: Callable[..., Server],
+) -> None:
+    """As the file's comment grants them."""
+    text = re.sub(r"\n#\s*", " ", SHIPPED.read_text())
+    granted = re.search(r"the publisher with ((?:\+\S+ ?)+), a worker with ((?:\+\S+ ?)+);", text)
+    assert granted is not None
+    server = new_server()
+    keys = "~refleet:{demo:*}:chunks", "~refleet:{demo:*}:blob:*"
+    with server.client() as client:
+        for user, rights, way in (("publisher", granted[1], "%RW"), ("worker-1", granted[2], "%R")):
+            allowed = [*rights.split(), *(way + key for key in keys)]
+            client.execute_command("ACL", "SETUSER", user, "on", f">CHANGE-ME-{user}", "-@all", *allowed)
+    streams = {user: server.url_for(user, f"CHANGE-ME-{user}") for user in ("publisher", "worker-1")}
+    publisher = RedisStream(server.url, "demo", payload_url=streams["publisher"])
+    worker = RedisStream(server.url, "demo", payload_url=streams["worker-1"])
+    for payload, kind in PAYLOADS:
+        for number in (0, 1, 1):
+            publisher.put_chunk(payload, number, b"data", ttl_s=TTL_S, carrier=kind)
+        assert worker.read_chunk(payload, 1, memoryview(bytearray(9)), carrier=kind) == 4
+        refused(lambda: worker.put_chunk(payload, 2, b"forged", ttl_s=TTL_S, carrier=kind))  # noqa: B023
+        publisher.keep_payload(payload, ttl_s=TTL_S)
+        assert publisher.payload_chunks(payload) == 2
+        publisher.drop_payload(payload)
+    assert publisher.payload_facts().run_id and publisher.carrier() in (STREAM, BLOBS)
+    publisher.close()
+    worker.close()

@@ -40,3 +40,13 @@ def test_wire_size_prints_what_a_publish_would_send(tmp_path: Path) -> None:
     assert 0.005 < step["changed_elements"] < 0.02
     assert step["payload_bytes"] < step["full_bytes"] * 0.05
     assert step["codecs"]["sparse"] > 0
+
+
+def test_transport_compares_both_carriers_with_bare_sockets_and_a_stock_client(tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    text = bench("transport.py", "--quick", "--servers", "valkey", "--workers", "1", "--json", out)
+    rows = {row["way"]: row for row in json.loads(out.read_text())["rows"]}
+    assert rows.keys() == {"stock", "stream", "blobs"}
+    figures = ("of_raw", "x_stock", "publisher_cpu", "worker_cpu", "server_cpu", "server_peak")
+    assert all(row[name] > 0 for row in rows.values() for name in figures)
+    assert "| Valkey" in text

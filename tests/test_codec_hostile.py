@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import zstandard
-from codec_blocks import Bytes, noise, peak_bytes, stepped, weights
+from codec_blocks import Bytes, kernel_form, noise, peak_bytes, stepped, weights
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from refleet.common import codec
 from refleet.common.errors import LimitExceeded, MalformedRecord
 from refleet.common.limits import KIB, LIMITS, MIB
 from refleet.common.types import DTYPE_BYTES
+from refleet.common.varint import varint
 
 DTYPES = sorted(DTYPE_BYTES)
+NUMBERS = sorted(codec.CODECS)
+
+
+@pytest.fixture(params=["numpy", "c"], autouse=True, scope="module")
+def form(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The reference, and the fastest kernels in C."""
+    with kernel_form(request.param):
+        yield
+
+
 REFUSALS = (MalformedRecord, LimitExceeded)
 
 
@@ -36,7 +48,7 @@ def decode_or_refuse(number: int, encoded: bytes, size: int, base: Bytes | None,
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    number=st.sampled_from([codec.RAW, codec.ZSTD, codec.SPARSE]),
+    number=st.sampled_from(NUMBERS),
     encoded=st.binary(max_size=400),
     dtype=st.sampled_from(DTYPES),
     count=st.integers(0, 300),
@@ -49,9 +61,9 @@ def test_random_bytes_are_refused_or_fill_the_block(
     decode_or_refuse(number, encoded, size, noise(size) if with_base else None, dtype)
 
 
-@settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    number=st.sampled_from([codec.ZSTD, codec.SPARSE]),
+    number=st.sampled_from([codec.ZSTD, codec.SPLIT, codec.DENSE, codec.SPARSE, codec.SPARSE, codec.SPARSE]),
     dtype=st.sampled_from(["BF16", "F32", "U8", "F64", "C64"]),
     count=st.sampled_from([40, 1000, 6000]),
     edits=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=4),
@@ -81,7 +93,7 @@ def test_mutated_blocks_are_refused_or_fill_the_block(
     decode_or_refuse(number, bytes(mutated + tail), size, base, dtype)
 
 
-@pytest.mark.parametrize("number", [codec.RAW, codec.ZSTD, codec.SPARSE])
+@pytest.mark.parametrize("number", [codec.RAW, codec.ZSTD, codec.SPARSE, codec.DENSE, codec.SPLIT])
 def test_every_truncation_and_every_extension_of_a_block_is_refused(number: int) -> None:
     base = np.tile(weights(200), 10)
     new = stepped(base, "BF16", 0.05)
@@ -95,12 +107,12 @@ def test_every_truncation_and_every_extension_of_a_block_is_refused(number: int)
 
 def test_an_unchanged_block_with_more_after_it_is_refused() -> None:
     with pytest.raises(MalformedRecord):
-        codec.decode_block(codec.SPARSE, b"\0\0", np.zeros(8, np.uint8), np.zeros(8, np.uint8), dtype="F32")
+        codec.decode_block(codec.SPARSE, b"\0\0\0", np.zeros(8, np.uint8), np.zeros(8, np.uint8), dtype="F32")
 
 
 def test_a_block_whose_size_is_no_multiple_of_its_elements_is_refused() -> None:
     out, base = np.zeros(6, np.uint8), np.zeros(6, np.uint8)
-    for number, encoded in ((codec.ZSTD, b"\0" + bytes(4)), (codec.SPARSE, b"\0"), (codec.SPARSE, b"\1" + bytes(8))):
+    for number, encoded in ((codec.ZSTD, b"\0" + bytes(4)), (codec.SPARSE, b"\0\0"), (codec.DENSE, bytes(7))):
         with pytest.raises(MalformedRecord, match="6 bytes"):
             codec.decode_block(number, encoded, out, base, dtype="F32")
 
@@ -113,26 +125,45 @@ def test_a_mask_that_names_planes_beyond_the_element_is_refused() -> None:
 
 def test_a_number_without_an_end_is_refused_after_its_first_bytes() -> None:
     with pytest.raises(MalformedRecord, match="endless"):
-        codec.decode_block(codec.SPARSE, b"\xff" * MIB, np.zeros(8, np.uint8), np.zeros(8, np.uint8), dtype="F32")
+        codec.decode_block(
+            codec.SPARSE, b"\0" + b"\xff" * MIB, np.zeros(8, np.uint8), np.zeros(8, np.uint8), dtype="F32"
+        )
 
 
 def test_an_unknown_codec_is_refused_by_its_number() -> None:
-    for number in (3, 77, -1):
+    for number in (2, 7, 77, -1):
         with pytest.raises(MalformedRecord, match=f"codec {number}"):
             codec.decode_block(number, b"", np.zeros(8, np.uint8), None, dtype="F32")
 
 
-def test_a_sparse_block_without_a_base_of_its_size_is_refused() -> None:
+@pytest.mark.parametrize("number", [n for n in NUMBERS if codec.needs_base(n)])
+def test_a_delta_without_a_base_of_its_size_is_refused(number: int) -> None:
     for base in (None, np.zeros(4, np.uint8)):
         with pytest.raises(MalformedRecord, match="without a base"):
-            codec.decode_block(codec.SPARSE, b"\0", np.zeros(8, np.uint8), base, dtype="F32")
+            codec.decode_block(number, b"\0", np.zeros(8, np.uint8), base, dtype="F32")
 
 
-def sparse_block(count: int, *, shift: int = 0, low: bytes = b"", gaps: bytes, escapes: tuple[int, ...] = ()) -> bytes:
-    """A hand-made sparse block of 2-byte steps of +1 with raw streams; `count` < 128."""
-    signs, steps = bytes(-(-count // 8)), bytes(count)
+def test_a_same_block_with_anything_in_it_is_refused() -> None:
+    with pytest.raises(MalformedRecord, match="1 bytes too many"):
+        codec.decode_block(codec.SAME, b"\0", np.zeros(8, np.uint8), np.zeros(8, np.uint8), dtype="F32")
+
+
+def sparse_block(
+    count: int,
+    *,
+    shift: int = 0,
+    gaps: bytes,
+    escapes: tuple[int, ...] = (),
+    thresholds: bytes = b"",
+    rest: bytes = b"",
+) -> bytes:
+    """A hand-made sparse block: one class of steps of +1, gaps of 8 bits, raw streams; `count` < 128."""
+    flags = 2 | (0x10 if escapes else 0)
     values = struct.pack(f"<{len(escapes)}I", *escapes)
-    return bytes([count, shift, len(escapes), 0, 0, 0]) + signs + low + values + gaps + steps
+    sizes = bytes([len(escapes), 0, len(values)]) if escapes else b""
+    fields, steps = bytes(-(-count * (shift + 1) // 8)), bytes(-(-count // 4))
+    head = bytes([len(thresholds)]) + thresholds + bytes([count, shift, flags]) + sizes + rest
+    return head + fields + gaps + b"\xff" * len(escapes) + values + steps
 
 
 @pytest.mark.parametrize(
@@ -141,12 +172,17 @@ def sparse_block(count: int, *, shift: int = 0, low: bytes = b"", gaps: bytes, e
         sparse_block(2, gaps=bytes([5, 94])),  # 1 element too far
         sparse_block(1, gaps=b"\xff", escapes=(100,)),
         sparse_block(1, gaps=b"\xff", escapes=(0xFFFFFFFF,)),
-        sparse_block(1, shift=31, low=bytes(31), gaps=bytes([2])),  # gap 2**32: 0 if it wrapped
-        sparse_block(1, shift=32, low=bytes(32), gaps=bytes([0])),
+        sparse_block(1, shift=31, gaps=bytes([2])),  # gap 2**32: 0 if it wrapped
+        sparse_block(1, shift=32, gaps=bytes([0])),
         sparse_block(101, gaps=bytes(101)),  # more changes than elements
         sparse_block(2, gaps=b"\xff\xff", escapes=(50,)),  # an escape without its value
         sparse_block(2, gaps=bytes(2), escapes=(50,)),  # a value without its escape
-        b"\xff\xff\xff\xff\xff\xff\xff\xff\x01",
+        sparse_block(1, gaps=bytes([0]), thresholds=b"\x05", rest=b"\1\0\2" + bytes(3)),  # the class has no elements
+        sparse_block(1, gaps=bytes([0]), thresholds=b"\x05\x05", rest=b"\0\0"),  # thresholds that do not rise
+        sparse_block(1, gaps=bytes([0]), thresholds=b"\0", rest=b"\0"),
+        sparse_block(1, gaps=bytes([0]), thresholds=bytes(range(1, 17)), rest=bytes(16)),  # 17 classes
+        bytes([0, 1, 0, 3, 0]) + bytes(8),  # gaps have no byte planes
+        b"\0\xff\xff\xff\xff\xff\xff\xff\xff\x01",
     ],
 )
 def test_sparse_blocks_that_reach_beyond_their_end_are_refused(encoded: bytes) -> None:
@@ -172,13 +208,8 @@ def bomb(size: int) -> bytes:
 def refuse(frame: bytes, size: int, error: type[Exception]) -> None:
     """The frame is refused as a plane of `zstd` and as a stream of `sparse`, at no cost in memory."""
     header = struct.pack("<BI", 1, len(frame))
-    packed = bytearray([size & 0x7F | 0x80, size >> 7 & 0x7F | 0x80, size >> 14, 0, 0, 0])
-    for n in (len(frame), 0):
-        while n > 0x7F:
-            packed.append(n & 0x7F | 0x80)
-            n >>= 7
-        packed.append(n)
-    sparse = bytes(packed) + bytes(-(-size // 8)) + frame + bytes(size)
+    flags = 2 | 2 << 2 | 0x40  # gaps and steps of 8 bits, gaps in a frame
+    sparse = b"\0" + varint(size) + bytes([0, flags]) + varint(len(frame)) + bytes(-(-size // 8)) + frame + bytes(size)
     out, base = np.zeros(size, np.uint8), np.zeros(size, np.uint8)
 
     def attempt() -> None:
@@ -219,7 +250,12 @@ def test_two_frames_in_the_place_of_one_are_refused() -> None:
 
 def test_claimed_counts_allocate_nothing() -> None:
     out = np.zeros(LIMITS.block_bytes, np.uint8)
-    claims = [bytes([0x80, 0x80, 0x80, 0x04, 3, 0, 0, 0, 0]), b"\1" + b"\xff" * 4, b"\3" + b"\xff" * 60]
+    claims = [
+        bytes([0, 0x80, 0x80, 0x80, 0x04, 3, 2, 0, 0]),
+        bytes([0, 0x80, 0x80, 0x80, 0x01, 0, 0xFF]),
+        b"\1" + b"\xff" * 4,
+        b"\3" + b"\xff" * 60,
+    ]
 
     def attempt() -> None:
         for encoded in claims:
@@ -232,7 +268,7 @@ def test_claimed_counts_allocate_nothing() -> None:
 
 def test_a_block_with_more_changes_than_elements_allocates_nothing() -> None:
     out = np.zeros(200, np.uint8)
-    encoded = b"\x80\x80\x80\x08" + bytes(5) + bytes(40 * MIB)  # 16 Mi changes, all there
+    encoded = b"\0\x80\x80\x80\x08" + bytes(5) + bytes(40 * MIB)  # 16 Mi changes, all there
 
     def attempt() -> None:
         with pytest.raises(MalformedRecord, match="16777216 changes of 100"):
@@ -243,7 +279,7 @@ def test_a_block_with_more_changes_than_elements_allocates_nothing() -> None:
 
 def test_the_densest_acceptable_block_needs_bounded_memory() -> None:
     count = MIB
-    encoded = bytes([0x80, 0x80, 0x40, 0, 0, 0, 0, 0]) + bytes(count // 8) + bytes(2 * count)  # every element, +1
+    encoded = bytes([0, 0x80, 0x80, 0x40, 0, 2 | 2 << 2]) + bytes(count // 8) + bytes(2 * count)  # every element, +1
     out, base = np.zeros(count, np.uint8), noise(count)
     peak = peak_bytes(lambda: codec.decode_block(codec.SPARSE, encoded, out, base, dtype="U8"))
     assert np.array_equal(out, base + 1) and peak < 40 * count

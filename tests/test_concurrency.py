@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from refleet.common.errors import CheckpointChanged, CheckpointError, RefitFailed, VersionExists, WorkerFailed
-from refleet.publisher.publish import Published
+from refleet.common.delta import Input
+from refleet.common.errors import CheckpointChanged, RefitFailed, VersionExists, WorkerFailed
+from refleet.publisher.compare import Comparison
+from refleet.publisher.published import Published
 from refleet.worker.torch_engine import TorchEngine
 from refleet.worker.worker import Worker
 from safetensors.torch import save_file
@@ -156,7 +158,23 @@ def changing(change: Callable[[], None], *, phase: str) -> Iterator[Callable[[st
     assert done, f"no progress in phase {phase}"
 
 
-@pytest.mark.parametrize("phase", ["hash", "store"])
+@contextmanager
+def changing_between_tensors(change: Callable[[], None]) -> Iterator[None]:
+    """Calls `change` once, when a publish that compares with the version before has read its second tensor."""
+    inputs = Comparison.inputs
+
+    def changed(self: Comparison) -> Iterator[Input]:
+        for number, each in enumerate(inputs(self)):
+            yield each
+            if number == 1:
+                change()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Comparison, "inputs", changed)
+        yield
+
+
+@pytest.mark.parametrize("phase", ["hash", "store", "send"])
 @pytest.mark.parametrize("how", ["rewritten in place", "truncated", "replaced"])
 def test_a_file_that_changes_while_it_is_read_is_not_published(
     small_world: World, tmp_path: Path, phase: str, how: str
@@ -164,8 +182,11 @@ def test_a_file_that_changes_while_it_is_read_is_not_published(
     """I16."""
     world, path = small_world, tmp_path / "model.safetensors"
     publisher, worker = world.publisher(), world.worker()
-    save_file(checkpoint(1), path)
-    publisher.publish(path, version="v1").wait(workers=1, timeout_s=20)
+    before = []
+    if phase == "send":  # compared with a version before it, and sent while it is read
+        save_file(checkpoint(1), path)
+        publisher.publish(path, version="v1").wait(workers=1, timeout_s=20)
+        before = ["v1"]
     save_file(checkpoint(2), path)
     other = tmp_path / "other.safetensors"
     save_file(checkpoint(3), other)
@@ -180,13 +201,17 @@ def test_a_file_that_changes_while_it_is_read_is_not_published(
         else:
             other.replace(path)
 
-    with changing(change, phase=phase) as progress:
-        error = reason(lambda: publisher.publish(path, version="v2", on_progress=progress))
-    assert isinstance(error, CheckpointChanged | CheckpointError)
+    if phase == "send":
+        with changing_between_tensors(change):
+            error = reason(lambda: publisher.publish(path, version="v2"))
+    else:
+        with changing(change, phase=phase) as progress:
+            error = reason(lambda: publisher.publish(path, version="v2", on_progress=progress))
     assert isinstance(error, CheckpointChanged), error
-    assert [r.version for r in publisher.book.releases()] == ["v1"]
+    assert [r.version for r in publisher.book.releases()] == before
     assert publisher.book.version("v2") is None
-    assert served(worker).version == "v1"  # type: ignore[union-attr]
+    now = served(worker)
+    assert ([now.version] if now else []) == before
     save_file(checkpoint(4), path)
     publisher.publish(path, version="v2").wait(workers=1, timeout_s=20)
     assert holds(worker, checkpoint(4))

@@ -16,7 +16,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_without_file_and_environment_there_are_defaults() -> None:
-    assert settings({}) == Settings("redis://127.0.0.1:6379", None, None, None, "")
+    assert settings({}) == Settings("redis://127.0.0.1:6379", None, None, None, "", "", "", "auto")
 
 
 def test_the_environment_sets_everything() -> None:
@@ -26,8 +26,13 @@ def test_the_environment_sets_everything() -> None:
         "REFLEET_KEY": "/k",
         "REFLEET_TRUST": "t",
         "REFLEET_CRASH_AT": "commit",
+        "REFLEET_PAYLOAD_REDIS": "redis://p",
+        "REFLEET_READ_FROM": "redis://replica",
+        "REFLEET_CARRIER": "blobs",
     }
-    assert settings(environ) == Settings("rediss://r", Path("s"), Path("/k"), Path("t"), "commit")
+    assert settings(environ) == Settings(
+        "rediss://r", Path("s"), Path("/k"), Path("t"), "commit", "redis://p", "redis://replica", "blobs"
+    )
 
 
 def test_the_environment_wins_over_the_file(folder: Path) -> None:

@@ -27,8 +27,8 @@ Until = Callable[..., None]
 WORKER_POINTS = [
     "worker.accepted",
     "worker.received-chunk",
-    "store.pack-written",
-    "store.pack-renamed",
+    "store.delta-written",
+    "store.delta-renamed",
     "worker.staged",
     "worker.prepared+1",
     "file_engine.written+1",
@@ -39,6 +39,8 @@ WORKER_POINTS = [
 ]
 PUBLISHER_POINTS = [
     "publisher.stored-tensor",
+    "store.delta-written",
+    "store.delta-renamed",
     "publisher.stored",
     "publisher.sent-chunk",
     "publisher.sent-all",
@@ -106,6 +108,20 @@ def test_a_worker_killed_at_any_point_serves_one_whole_version_and_then_converge
     processes.worker("w0")
     until(lambda: processes.serving_of("w0") == "v2", "the restarted worker serves v2", timeout_s=60)
     assert which(processes.served("w0"), versions) == "v2"
+
+
+@pytest.mark.parametrize("point", ["worker.received-chunk", "store.pack-written", "store.pack-renamed"])
+def test_a_worker_killed_while_it_takes_its_first_version_takes_it_when_it_starts_again(
+    valkey: Server, processes: Processes, versions: dict[str, Path], point: str, until: Until
+) -> None:
+    processes.redis = valkey.url
+    armed = processes.worker("w0", crash_at=point)
+    processes.refleet("publish", versions["v1"], "--version", "v1")
+    assert armed.wait(60) == -signal.SIGKILL, f"{point} was not reached"
+    assert serving_acks(valkey.url, processes.model, "w0") == []
+    processes.worker("w0")
+    until(lambda: processes.serving_of("w0") == "v1", "the restarted worker serves v1", timeout_s=60)
+    assert which(processes.served("w0"), versions) == "v1"
 
 
 @pytest.mark.parametrize("point", PUBLISHER_POINTS)

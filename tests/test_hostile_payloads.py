@@ -78,6 +78,6 @@ def test_the_payload_of_another_version_under_this_payload_id_is_refused(small_s
         scene.outsider, raw_lines(scene.publisher, store.manifest(scene.base), None), base=None, target=scene.base
     )
     stream = scene.world.carrier.stream()
-    chunks = dict(enumerate(stream.chunks(other.payload_id, 0, 2)))
+    chunks = dict(enumerate(stream.chunks(other.payload_id, 0, 2, carrier=other.carrier)))
     scene.outsider.edit(scene.ref.payload_id, lambda _chunks: chunks)
     scene.converges(scene.ref, because="DigestMismatch")

@@ -14,7 +14,7 @@ from refleet.common.messages import Ack, Evidence, Release, Serving
 from refleet.common.signing import SigningKey, seal
 from refleet.publisher import Publisher
 from refleet.publisher.fleet import WorkerView, fleet
-from refleet.publisher.publish import Published
+from refleet.publisher.published import Published
 from refleet.worker.memory_engine import MemoryEngine
 from refleet.worker.worker import Worker
 from world import World, checkpoint, holds, reason, served

@@ -7,10 +7,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from carriers import PAYLOAD, TTL_S, Carrier, claimed
-from refleet.common.errors import LimitExceeded, StreamError, StreamGap, StreamUnavailable, UsageError
+from refleet.common.errors import LimitExceeded, StreamError, StreamUnavailable, UsageError
 from refleet.common.limits import LIMITS
 from refleet.common.stream import NOTHING, Keys
 
@@ -140,82 +139,6 @@ def test_lost_data_shows_in_the_last_ids(carrier: Carrier) -> None:
     assert stream.last_ids() == ((1, 7), control)
     carrier.lose()
     assert stream.last_ids() == NOTHING
-
-
-def test_chunks_come_back_as_they_were_written(carrier: Carrier) -> None:
-    stream = carrier.stream()
-    assert stream.payload_chunks(PAYLOAD) == 0
-    large = np.random.default_rng(1).integers(0, 2**32, 1 << 18, np.uint32)
-    written = [large, b"", memoryview(b"view"), bytearray(b"array")]
-    for number, data in enumerate(written):
-        stream.put_chunk(PAYLOAD, number, data, ttl_s=TTL_S)
-    assert stream.payload_chunks(PAYLOAD) == 4
-    assert stream.chunks(PAYLOAD, 0, 2) == [large.tobytes(), b""]
-    assert stream.chunks(PAYLOAD, 2, 2) == [b"view", b"array"]
-    assert stream.chunks(PAYLOAD, 2, 0) == []
-
-
-def test_missing_chunks_are_named(carrier: Carrier) -> None:
-    stream = carrier.stream()
-    with pytest.raises(StreamGap, match="lacks chunk 0, 1: "):
-        stream.chunks(PAYLOAD, 0, 2)
-    for number in (0, 2):
-        stream.put_chunk(PAYLOAD, number, b"data", ttl_s=TTL_S)
-    with pytest.raises(StreamGap, match="lacks chunk 1, 3: "):
-        stream.chunks(PAYLOAD, 0, 4)
-    assert stream.chunks(PAYLOAD, 2, 1) == [b"data"]
-
-
-def test_a_resent_chunk_is_there_once_and_another_one_is_refused(carrier: Carrier) -> None:
-    stream = carrier.stream()
-    for number, data in ((0, b"one"), (1, b"two"), (0, b"one"), (1, b"two")):
-        stream.put_chunk(PAYLOAD, number, data, ttl_s=TTL_S)
-    for number in (0, 1):
-        with pytest.raises(StreamError, match=f"chunk {number} of payload {PAYLOAD} is already there with other bytes"):
-            stream.put_chunk(PAYLOAD, number, b"forged", ttl_s=TTL_S)
-    assert stream.chunks(PAYLOAD, 0, 2) == [b"one", b"two"] and stream.payload_chunks(PAYLOAD) == 2
-
-
-def test_a_chunk_that_was_passed_over_is_refused(carrier: Carrier) -> None:
-    stream = carrier.stream()
-    stream.put_chunk(PAYLOAD, 0, b"zero", ttl_s=TTL_S)
-    stream.put_chunk(PAYLOAD, 2, b"two", ttl_s=TTL_S)
-    with pytest.raises(StreamError, match=r"chunk 1 .* was passed over"):
-        stream.put_chunk(PAYLOAD, 1, b"one", ttl_s=TTL_S)
-
-
-def test_a_payload_whose_first_chunks_were_lost_is_not_continued(carrier: Carrier) -> None:
-    stream = carrier.stream()
-    for number in (0, 1):
-        stream.put_chunk(PAYLOAD, number, b"data", ttl_s=TTL_S)
-    carrier.lose()
-    with pytest.raises(StreamGap, match="lacks chunk 0, 1: "):
-        stream.put_chunk(PAYLOAD, 2, b"data", ttl_s=TTL_S)
-    assert stream.payload_chunks(PAYLOAD) == 0
-    stream.put_chunk(PAYLOAD, 0, b"again", ttl_s=TTL_S)
-    assert stream.chunks(PAYLOAD, 0, 1) == [b"again"]
-
-
-def test_a_payload_expires_as_a_whole_unless_it_is_kept(carrier: Carrier, until: Until) -> None:
-    stream = carrier.stream()
-    kept, written_on, left = (digit * 32 for digit in "abc")
-    for payload in (kept, written_on, left):
-        stream.put_chunk(payload, 0, b"data", ttl_s=0.3)
-    stream.keep_payload(kept, ttl_s=TTL_S)
-    stream.put_chunk(written_on, 1, b"more", ttl_s=TTL_S)
-    until(lambda: stream.payload_chunks(left) == 0, "the payload expired")
-    assert stream.chunks(kept, 0, 1) == [b"data"]
-    assert stream.chunks(written_on, 0, 2) == [b"data", b"more"]
-    stream.keep_payload(left, ttl_s=TTL_S)
-    assert stream.payload_chunks(left) == 0
-
-
-def test_a_dropped_payload_is_gone_and_others_stay(carrier: Carrier) -> None:
-    stream = carrier.stream()
-    for payload in ("a" * 32, "b" * 32):
-        stream.put_chunk(payload, 0, b"data", ttl_s=TTL_S)
-    stream.drop_payload("a" * 32)
-    assert (stream.payload_chunks("a" * 32), stream.payload_chunks("b" * 32)) == (0, 1)
 
 
 def test_models_do_not_see_each_other(carrier: Carrier) -> None:

@@ -23,20 +23,6 @@ Until = Callable[..., None]
 
 
 @pytest.fixture
-def connect() -> Iterator[Connect]:
-    """`connect(url)`: a stream that is closed after the test."""
-    streams: list[RedisStream] = []
-
-    def make(url: str, model: str = "m", *, timeout_s: float = 20.0) -> RedisStream:
-        streams.append(RedisStream(url, model, timeout_s=timeout_s))
-        return streams[-1]
-
-    yield make
-    for stream in streams:
-        stream.close()
-
-
-@pytest.fixture
 def proxied(server: Server, connect: Connect, model: str) -> Iterator[tuple[TcpProxy, RedisStream, RedisStream]]:
     """A proxy, a stream through it, and one around it."""
     with TcpProxy(server.port) as proxy:
@@ -191,15 +177,15 @@ def test_a_release_whose_reply_was_lost_is_in_the_log_once(
 
 @pytest.mark.parametrize("fault", [Fault.LOSE_REPLY, Fault.TEAR_REPLY, Fault.CUT_REQUEST])
 def test_a_chunk_whose_reply_was_lost_is_there_once(
-    proxied: tuple[TcpProxy, RedisStream, RedisStream], fault: Fault
+    proxied: tuple[TcpProxy, RedisStream, RedisStream], kind: str, fault: Fault
 ) -> None:
     proxy, stream, witness = proxied
     data = bytes(range(256)) * (16 * KIB - 256)
-    stream.put_chunk(PAYLOAD, 0, b"before", ttl_s=TTL_S)
+    stream.put_chunk(PAYLOAD, 0, b"before", ttl_s=TTL_S, carrier=kind)
     proxy.break_next(fault, b"XADD", forwarded_bytes=MIB if fault is Fault.CUT_REQUEST else 2)
-    stream.put_chunk(PAYLOAD, 1, data, ttl_s=TTL_S)
+    stream.put_chunk(PAYLOAD, 1, data, ttl_s=TTL_S, carrier=kind)
     assert proxy.fired.is_set()
-    assert witness.payload_chunks(PAYLOAD) == 2 and witness.chunks(PAYLOAD, 1, 1) == [data]
+    assert witness.payload_chunks(PAYLOAD) == 2 and witness.chunks(PAYLOAD, 1, 1, carrier=kind) == [data]
 
 
 def test_what_can_not_be_compared_is_not_repeated(proxied: tuple[TcpProxy, RedisStream, RedisStream]) -> None:

@@ -88,7 +88,7 @@ def test_a_digest_has_32_bytes(digest: bytes) -> None:
     with pytest.raises(ValueError, match="32 bytes"):
         TensorEntry(SPEC, digest)
     with pytest.raises(ValueError, match="32 bytes"):
-        DeltaTensor(SPEC, digest, ())
+        DeltaTensor(SPEC, digest, True, False)
 
 
 def test_a_manifest_is_sorted_by_utf8_bytes_and_has_no_name_twice() -> None:
@@ -174,26 +174,56 @@ def test_a_digest_does_not_depend_on_how_the_bytes_were_cut() -> None:
     assert digest_of() == digest_of(b"") != digest_of(b"\0")
 
 
-BIG = TensorSpec("big", "U8", (2 * LIMITS.block_bytes + 5,))
+BIG = TensorSpec("big", "F32", (LIMITS.block_bytes // 4 + 5,))
+EMPTY = TensorSpec("empty", "U8", (0,))
 
 
-def test_a_changed_tensor_has_all_its_blocks_or_none() -> None:
-    for sizes in ([], [7, LIMITS.block_bytes, 5]):
-        DeltaTensor(BIG, D1, tuple(Block(0, size) for size in sizes))
-    for sizes in ([7], [7, 7], [7, 7, 5, 5]):
-        with pytest.raises(ValueError, match=f"{len(sizes)} blocks"):
-            DeltaTensor(BIG, D1, tuple(Block(0, size) for size in sizes))
-    with pytest.raises(ValueError, match="1 blocks"):
-        DeltaTensor(TensorSpec("empty", "U8", (0,)), D1, (Block(0, 0),))
+@pytest.mark.parametrize(("spec", "carried", "based"), [(EMPTY, True, False), (BIG, False, True), (EMPTY, True, True)])
+def test_only_a_carried_tensor_has_bytes_and_a_base(spec: TensorSpec, *, carried: bool, based: bool) -> None:
+    with pytest.raises(ValueError, match="carried"):
+        DeltaTensor(spec, D1, carried, based)
 
 
-@pytest.mark.parametrize("sizes", [(LIMITS.block_bytes + 1, 1, 1), (1, 1, 6), (1, -1, 1)])
-def test_a_block_is_never_larger_than_what_it_encodes(sizes: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="encoded bytes"):
-        DeltaTensor(BIG, D1, tuple(Block(0, size) for size in sizes))
+@pytest.mark.parametrize(("size", "encoded"), [(0, 0), (LIMITS.block_bytes + 1, 1), (10, 11), (10, -1)])
+def test_a_block_is_bounded_and_never_larger_than_what_it_encodes(size: int, encoded: int) -> None:
+    with pytest.raises(ValueError, match="a block of"):
+        Block(0, size, encoded)
 
 
-INDEX = Index(D1, D2, (DeltaTensor(SPEC, D3, (Block(0, 10),)),), 4, 10, (D1, D2, D3), ("gone",))
+def of_blocks(*sizes: int, based: bool = False) -> Index:
+    tensors = (DeltaTensor(BIG, D1, True, based), DeltaTensor(TensorSpec("small", "U8", (3,)), D2, True, based))
+    return Index(D1, D2, tensors, tuple(Block(0, size, 0) for size in sizes), 4, 0, (), ())
+
+
+def test_blocks_fill_the_groups_of_carried_tensors() -> None:
+    of_blocks(LIMITS.block_bytes, 20, 3)
+    of_blocks(LIMITS.block_bytes - 4, 24, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (),
+        (LIMITS.block_bytes, 20),
+        (LIMITS.block_bytes, 23),
+        (LIMITS.block_bytes, 20, 3, 1),
+        (LIMITS.block_bytes, 18, 2, 3),
+    ],
+)
+def test_blocks_that_do_not_fill_the_groups_are_refused(sizes: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="block"):
+        of_blocks(*sizes)
+
+
+def test_without_a_base_no_tensor_builds_on_one() -> None:
+    index = of_blocks(LIMITS.block_bytes, 20, 3, based=True)
+    with pytest.raises(ValueError, match="builds on no base"):
+        replace(index, base=None)
+
+
+INDEX = Index(
+    D1, D2, (DeltaTensor(SPEC, D3, True, False),), (Block(0, SPEC.size_bytes, 10),), 4, 10, (D1, D2, D3), ("gone",)
+)
 
 
 @pytest.mark.parametrize(
@@ -234,6 +264,7 @@ PAYLOAD = PayloadRef("0" * 32, None, D1, 3, 10, 1, 100, D2)
         ({"body_chunks": 0}, "body chunks"),  # a body that is nowhere
         ({"body_bytes": -1, "body_chunks": 0}, "body chunks"),
         ({"body_bytes": 3 * LIMITS.chunk_bytes_max + 1}, "body chunks"),  # chunks larger than a reader accepts
+        ({"carrier": "pigeons"}, "carrier 'pigeons'"),
     ],
 )
 def test_a_payload_that_contradicts_itself_is_refused(change: dict[str, object], match: str) -> None:

@@ -87,20 +87,25 @@ def releases(draw: st.DrawFn) -> Release:
 
 @st.composite
 def indexes(draw: st.DrawFn) -> Index:
+    base = draw(st.none() | digests)
     tensors = []
     for spec in sorted(draw(st.lists(specs, unique_by=lambda s: s.name, max_size=5)), key=lambda s: s.name.encode()):
         carried = spec.size_bytes > 0 and draw(st.booleans())
-        sizes = st.integers(0, min(spec.size_bytes, LIMITS.block_bytes))
-        wanted = -(-spec.size_bytes // LIMITS.block_bytes) if carried else 0
-        last = spec.size_bytes - (wanted - 1) * LIMITS.block_bytes
-        blocks = [Block(draw(st.integers(0, 9)), min(draw(sizes), last)) for _ in range(wanted)]
-        tensors.append(DeltaTensor(spec, draw(digests), tuple(blocks)))
-    body_bytes = sum(block.encoded_bytes for tensor in tensors for block in tensor.blocks)
+        tensors.append(DeltaTensor(spec, draw(digests), carried, carried and base is not None and draw(st.booleans())))
+    groups: dict[tuple[bool, str], int] = {}
+    for tensor in tensors:
+        if tensor.carried:
+            groups[tensor.group] = groups.get(tensor.group, 0) + tensor.spec.size_bytes
+    blocks = []
+    for _, left in sorted(groups.items()):
+        for start in range(0, left, LIMITS.block_bytes):
+            size = min(left - start, LIMITS.block_bytes)
+            blocks.append(Block(draw(st.integers(0, 9)), size, draw(st.integers(0, size))))
+    body_bytes = sum(block.encoded_bytes for block in blocks)
     chunk_bytes = draw(st.integers(max(1, body_bytes // 4), LIMITS.chunk_bytes_max))
     chunks = tuple(draw(digests) for _ in range(-(-body_bytes // chunk_bytes)))
-    base = draw(st.none() | digests)
     removed = tuple(sorted(draw(st.sets(texts, max_size=3)), key=str.encode)) if base else ()
-    return Index(base, draw(digests), tuple(tensors), chunk_bytes, body_bytes, chunks, removed)
+    return Index(base, draw(digests), tuple(tensors), tuple(blocks), chunk_bytes, body_bytes, chunks, removed)
 
 
 acks = st.builds(

@@ -54,7 +54,7 @@ def test_a_record_of_another_kind_is_refused(name: str) -> None:
         wire.unpack(bytes.fromhex(GOLDEN[name]), other)
 
 
-@pytest.mark.parametrize("found", [0, 1, 3, 255, True, 2.0, "2", None], ids=repr)
+@pytest.mark.parametrize("found", [0, 1, 2, 255, True, 3.0, "3", None], ids=repr)
 def test_another_format_is_refused_and_says_what_to_do(found: object) -> None:
     tag, _, *rest = items("offer")
     with pytest.raises(MalformedRecord, match="format") as caught:
@@ -78,7 +78,7 @@ SPOILED: list[tuple[str, list[int], Any, str]] = [
     ("release", [8], B, "fingerprint: expected bytes, found str"),
     ("release", [8], b[:-1], "32 bytes"),
     ("release", [9], b"", "32 bytes"),
-    ("release", [10], [P, None, a, 1, 1000, 1, 200, c], "payload of another version"),
+    ("release", [10], [P, None, a, 1, 1000, 1, 200, c, "stream"], "payload of another version"),
     ("release", [10], P, "payload: unreadable"),
     ("release", [11], -1, "negative count"),
     ("release", [15], -1, "time"),
@@ -101,13 +101,18 @@ SPOILED: list[tuple[str, list[int], Any, str]] = [
     ("index", [4, 0, 0, 2], [1 << 40] * 2, "bytes"),
     ("index", [4, 0, 0, 0], "z", "sorted and unique"),
     ("index", [4, 0, 0, 0], "zz", "sorted and unique"),
-    ("index", [4, 0, 2, 0, 1], 1201, "a block of 1201"),
-    ("index", [4, 0, 2, 0, 1], -1, "a block of -1"),
-    ("index", [4, 0, 2], [[2, 35], [2, 35]], "2 blocks"),
-    ("index", [5], 0, "chunk size"),
-    ("index", [6], 71, "add up to"),
-    ("index", [7, 0], b"", "32 bytes"),
-    ("index", [7], [b], "1 chunk digests"),
+    ("index", [4, 0, 2], 1, "expected bool, found int"),
+    ("index", [4, 1, 2], True, "carried True"),
+    ("index", [5, 0, 2], 1201, "a block of 1201"),
+    ("index", [5, 0, 2], -1, "a block of -1"),
+    ("index", [5, 0, 1], LIMITS.block_bytes + 1, "a block of 16777217"),
+    ("index", [5], [[2, 1200, 35], [2, 1200, 35]], "more blocks"),
+    ("index", [5], [[2, 1198, 70]], "do not fit"),
+    ("index", [5], [[2, 1199, 69], [2, 1, 1]], "cuts a BF16 element"),
+    ("index", [6], 0, "chunk size"),
+    ("index", [7], 71, "add up to"),
+    ("index", [8, 0], b"", "32 bytes"),
+    ("index", [8], [b], "1 chunk digests"),
     ("manifest", [2, 0, 0, 0], "z", "sorted and unique"),
     ("manifest", [2, 0, 0, 0], "layer.0.weight", "sorted and unique"),
     ("manifest", [2, 0, 0, 0], "../etc", "'..'"),
@@ -142,8 +147,8 @@ SPOILED: list[tuple[str, list[int], Any, str]] = [
     ("verify request", [4], -1, "time"),
     ("verify request", [5], 1, "deep: expected bool"),
     ("release", [17], 1, "restructure: expected bool"),
-    ("index", [8], ["b", "a"], "sorted and unique"),
-    ("index", [2], None, "removed from no base"),
+    ("index", [9], ["b", "a"], "sorted and unique"),
+    ("index", [2], None, "builds on no base"),
     ("ack", [3], "", "model name"),
     ("ack", [5], -1, "order"),
     ("ack", [6], "", "version id"),
@@ -282,10 +287,10 @@ def test_a_file_name_that_is_not_utf8_does_not_stop_an_ack() -> None:
 
 
 def test_an_index_of_as_many_tensors_as_allowed_unpacks_in_seconds() -> None:
-    blocks = (Block(1, 100), Block(1, 100))
     names = (f"model.layers.{n:06d}.weight" for n in range(LIMITS.tensors))
-    tensors = tuple(DeltaTensor(TensorSpec(name, "BF16", (4096, 4096)), c, blocks) for name in names)
-    index = Index(None, b, tensors, LIMITS.chunk_bytes, 200 * len(tensors), (c,) * 5, ())
+    tensors = tuple(DeltaTensor(TensorSpec(name, "BF16", (4096, 4096)), c, True, False) for name in names)
+    blocks = (Block(1, LIMITS.block_bytes, 50),) * (2 * LIMITS.tensors)
+    index = Index(None, b, tensors, blocks, LIMITS.chunk_bytes, 100 * len(tensors), (c,) * 3, ())
     data = wire.pack(index)
     assert len(data) < LIMITS.index_bytes
     start = time.perf_counter()

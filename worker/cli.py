@@ -62,6 +62,8 @@ for command in (build, export, doctor):
     "--state", required=True, type=FILE, metavar="DIR", help="This worker's own folder: its store and record."
 )
 @click.option("--redis", metavar="URL", help="Server.  [REFLEET_REDIS; redis://127.0.0.1:6379]")
+@click.option("--read-from", metavar="URL", help="Read log and payloads from this replica.  [REFLEET_READ_FROM]")
+@click.option("--payload-redis", metavar="URL", help="Read payloads from this server.  [REFLEET_PAYLOAD_REDIS]")
 @click.option("--id", "worker_id", metavar="ID", help="Name in the fleet.  [host name and state folder]")
 @click.option("--http", metavar="[HOST:]PORT", help="Answer /livez /readyz /status /metrics; 0 takes a free port.")
 @click.option("--trust", type=FILE, metavar="FILE", help="Refuse records not signed by these keys.  [REFLEET_TRUST]")
@@ -85,8 +87,9 @@ for command in (build, export, doctor):
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line; its keys are in docs/worker.md.")
 @click.pass_obj
 def run(
-    found: Settings, model: str, engine: str, state: Path, redis: str | None, worker_id: str | None, http: str | None,
-    trust: Path | None, keep: int, on_serving: str | None, apply: str | None, contexts: int | None,
+    found: Settings, model: str, engine: str, state: Path, redis: str | None, read_from: str | None,
+    payload_redis: str | None, worker_id: str | None, http: str | None, trust: Path | None, keep: int,
+    on_serving: str | None, apply: str | None, contexts: int | None,
     bundle: Path | None, drain: float, heartbeat: float, as_json: bool,
 ) -> int:  # fmt: skip
     """Run one worker until SIGTERM or Ctrl-C.
@@ -107,7 +110,9 @@ def run(
         )
         closing.callback(made.close)
         worker = Worker(
-            redis or found.redis, model=model, engine=made, state_dir=state, worker_id=log.worker, trust=trusted,
+            redis or found.redis, read_from=read_from or found.read_from or None,
+            payload_redis=payload_redis or found.payload_redis or None, model=model, engine=made, state_dir=state,
+            worker_id=log.worker, trust=trusted,
             keep=keep, heartbeat_s=heartbeat, stale_after_s=_STALE_BEATS * heartbeat, drain_s=drain,
             poll_s=min(1.0, heartbeat), on_event=log.event,
         )  # fmt: skip

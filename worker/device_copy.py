@@ -17,9 +17,10 @@ from torch import Tensor
 
 from ..common.delta import as_bytes
 from ..common.errors import DigestMismatch, NotRefittable, UsageError
+from ..common.kernels_numpy import changes as changes_in_block
+from ..common.kernels_types import KINDS
 from ..common.limits import MIB
-from ..common.sparse import changes as changes_in_block
-from ..common.sparse import sampled_share
+from ..common.sparse import sampled
 from ..common.tensors import dtype_text, spec_of
 from ..common.types import TensorSpec
 from .device_digest import c_order_pieces, flat_bytes
@@ -165,7 +166,7 @@ def put_changed(into: Tensor, old: Buffer, new: Buffer, spec: TensorSpec, stagin
     if into.is_contiguous() and spec.size_bytes:
         limit = int(ELEMENTS_SHARE_MAX * into.numel())
         # A sample first: it saves most of the search where it would be in vain.
-        if sampled_share(after, before, spec.item_bytes) <= 2 * ELEMENTS_SHARE_MAX:
+        if sampled(after, before, KINDS[spec.dtype]).share <= 2 * ELEMENTS_SHARE_MAX:
             found = _found(before, after, spec.item_bytes, limit=limit)
             if found is not None:
                 return put_elements(into, *found, staging=staging)

@@ -20,6 +20,7 @@ from ..common.store import Store
 from ..common.stream import Stream
 from ..common.types import Manifest, PayloadRef
 from .acks import Acks
+from .anchors import Anchors
 from .apply import Clock, switch, verify
 from .board import APPLYING, FAILED, QUARANTINED, RECEIVING, SERVING, WAITING, Board, failure_of
 from .engine import Engine
@@ -52,6 +53,7 @@ class Pursuit:
         self._want: Want | None = None
         self._retry_s = 0.0
         self._acks = acks
+        self.anchors = Anchors(store, warn=board.warn)
 
     @property
     def has_work(self) -> bool:
@@ -66,7 +68,9 @@ class Pursuit:
             return
         try:
             goal, clock = Goal(serving, None, restructure=True), Clock()  # as it was accepted before
-            staged = Staged(self._store, serving, self._store.manifest(serving.fingerprint), goal.restructure)
+            manifest = self._store.manifest(serving.fingerprint)
+            self._store.memory.pin(manifest.digests)
+            staged = Staged(self._store, serving, manifest, goal.restructure)
             verify(staged, holds=None, clock=clock)
             self._switch(goal, staged, 0, clock)
         except DamagedTensor as error:
@@ -151,8 +155,10 @@ class Pursuit:
         """The goal in the store, and the payload bytes that took; None while its bytes have to be asked for."""
         target = goal.serving.fingerprint
         holdings = self._holdings()
+        held, memory = self._holds.digests if self._holds else frozenset(), self._store.memory
         if holdings.complete(self._store, target):
             manifest = self._store.manifest(target)
+            memory.pin(held | manifest.digests)
             self._engine.check(manifest, restructure=goal.restructure)
             return Staged(self._store, goal.serving, manifest, goal.restructure), 0
         announced = [goal.payload] if goal.payload else []
@@ -165,6 +171,8 @@ class Pursuit:
             RECEIVING, f"receiving {goal.serving.version}", target=goal.serving, evidence=Evidence.NONE,
             expected_bytes=ref.size_bytes,
         )  # fmt: skip
+        memory.pin(held)
+        memory.trim()  # the version before this one: its buffers take the next
         try:
             with clock.phase("stage"):
                 manifest = stage(
@@ -181,6 +189,7 @@ class Pursuit:
         except BAD_PAYLOAD as error:
             self._refuse(goal, ref, error)
             return None, 0
+        memory.pin(held | manifest.digests)
         self._show_holdings()
         return Staged(self._store, goal.serving, manifest, goal.restructure), self._board.status.received_bytes
 
@@ -230,6 +239,7 @@ class Pursuit:
         self._ack(goal.serving, Evidence.SERVING, received=received, timings=timings, probe=done.probe)
         if warning := self._engine.served(goal.serving):
             self._board.warn(warning)
+        self.anchors.served(staged.manifest)
 
     def _base(self, goal: Goal) -> Manifest | None:
         """What the engine holds and need not be given again for `goal`; None: everything is written and read back."""
@@ -269,7 +279,8 @@ class Pursuit:
 
     def _collect(self) -> None:
         try:
-            self._store.collect(self._state.recent)
+            if not self.anchors.busy:  # else it holds the store, and the next switch collects
+                self._store.collect(self._state.recent)
         except RefleetError as error:  # housekeeping must not undo a switch that is proven and durable
             self._board.warn(f"could not remove old versions: {error.what}")
 

@@ -7,20 +7,21 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..common.delta import unpack_index
 from ..common.digest import digest_of
 from ..common.errors import (
     DigestMismatch,
     LimitExceeded,
     MalformedRecord,
-    RefleetError,
     StreamGap,
     UnknownVersion,
     WrongBase,
 )
 from ..common.limits import LIMITS
 from ..common.store import Store
-from ..common.stream import Stream
+from ..common.stream import PayloadReader, Stream
 from ..common.types import Index, PayloadRef
 
 #: what a payload raises that is all there and wrong: another one may be right
@@ -73,7 +74,7 @@ def fetch_index(stream: Stream, ref: PayloadRef) -> Index:
     """
     parts, size = [], 0
     for number in range(ref.body_chunks, ref.body_chunks + ref.index_chunks):
-        (part,) = stream.chunks(ref.payload_id, number, 1)
+        (part,) = stream.chunks(ref.payload_id, number, 1, carrier=ref.carrier)
         size += len(part)
         if size > ref.index_bytes:
             break
@@ -92,17 +93,24 @@ def fetch_index(stream: Stream, ref: PayloadRef) -> Index:
 class Body:
     """The body of one payload, read front to back; chunks are fetched and verified by a thread ahead of the reader.
 
-    Use as a context manager: leaving it ends the thread.
+    Use as a context manager: leaving it ends the thread. `on_chunk` is called by that thread with every verified chunk,
+    in order; it must not keep the view.
     """
 
     def __init__(
-        self, stream: Stream, ref: PayloadRef, index: Index, numbers: list[int], *, on_bytes: Callable[[int], None]
-    ):
+        self, stream: Stream, ref: PayloadRef, index: Index, numbers: list[int], *,
+        on_chunk: Callable[[memoryview], None],
+    ):  # fmt: skip
         self._stream, self._ref, self._index, self._numbers = stream, ref, index, numbers
-        self._on_bytes = on_bytes
-        self._ready: queue.Queue[tuple[int, bytes | RefleetError]] = queue.Queue(_AHEAD)
+        self._on_chunk = on_chunk
+        # received into memory that is used again: chunks on their way, the one being read, and the next one
+        sizes = (_AHEAD + 2) * [min(index.chunk_bytes, max(index.body_bytes, 1))]
+        self._free: queue.Queue[memoryview] = queue.Queue()
+        for size in sizes:
+            self._free.put(np.empty(size, np.uint8).data)
+        self._ready: queue.Queue[tuple[int, memoryview, int] | Exception] = queue.Queue()
         self._stop = threading.Event()
-        self._current: tuple[int, memoryview] = (-1, memoryview(b""))
+        self._number, self._current, self._size = -1, memoryview(b""), 0
         self._thread = threading.Thread(target=self._fetch_all, name="refleet-receive", daemon=True)
 
     def __enter__(self) -> Body:
@@ -111,57 +119,61 @@ class Body:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        while self._thread.is_alive():
-            try:
-                self._ready.get(timeout=0.01)
-            except queue.Empty:
-                continue
+        self._free.put(memoryview(b""))  # wakes the thread
         self._thread.join()
 
-    def read(self, offset: int, size: int) -> memoryview:
-        """Bytes [offset, offset + size) of the body; copies only what crosses a chunk's edge. Raises: StreamError..."""
+    def read(self, offset: int, size: int) -> bytes:
+        """Bytes [offset, offset + size) of the body, in memory of the caller's own. Raises: what fetching raised."""
+        out = bytearray(size)
         number, start = divmod(offset, self._index.chunk_bytes)
-        first = self._chunk(number)[start : start + size] if size else memoryview(b"")
-        if len(first) == size:
-            return first
-        joined = bytearray(first)
-        while len(joined) < size:
-            number += 1
-            joined += self._chunk(number)[: size - len(joined)]
-        return memoryview(joined)
+        filled = 0
+        while filled < size:
+            chunk = self._chunk(number)
+            take = min(size - filled, len(chunk) - start)
+            out[filled : filled + take] = chunk[start : start + take]
+            filled, number, start = filled + take, number + 1, 0
+        return out  # type: ignore[return-value]
+
+    def finish(self) -> None:
+        """Wait until every chunk was fetched. Raises: what fetching raised."""
+        if self._numbers:
+            self._chunk(self._numbers[-1])
 
     def _chunk(self, number: int) -> memoryview:
-        while self._current[0] != number:
-            found, data = self._ready.get()
-            if isinstance(data, RefleetError):
-                raise data
-            assert found <= number, "the body is read front to back"
-            self._current = (found, memoryview(data))
-        return self._current[1]
+        while self._number != number:
+            found = self._ready.get()
+            if isinstance(found, Exception):
+                self._ready.put(found)  # for whoever asks again
+                raise found
+            if self._number >= 0:
+                self._free.put(self._current)
+            self._number, self._current, self._size = found
+            assert self._number <= number, "the body is read front to back"
+        return self._current[: self._size]
 
     def _fetch_all(self) -> None:
-        for number in self._numbers:
-            try:
-                item: bytes | RefleetError = self._fetch(number)
-            except RefleetError as error:
-                item = error
-            while not self._stop.is_set():
-                try:
-                    self._ready.put((number, item), timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
-            if self._stop.is_set() or isinstance(item, RefleetError):
-                return
+        try:
+            with self._stream.payload_reader(self._ref.payload_id, self._numbers, carrier=self._ref.carrier) as reader:
+                for number in self._numbers:
+                    buffer = self._free.get()
+                    if self._stop.is_set():
+                        return
+                    size = self._fetch(reader, number, buffer)
+                    self._on_chunk(buffer[:size])
+                    self._ready.put((number, buffer, size))
+        except Exception as error:  # the reader raises it in its own thread
+            self._ready.put(error)
 
-    def _fetch(self, number: int) -> bytes:
+    def _fetch(self, reader: PayloadReader, number: int, buffer: memoryview) -> int:
         index = self._index
         size = min(index.chunk_bytes, index.body_bytes - number * index.chunk_bytes)
         for _ in range(_READS):
-            (data,) = self._stream.chunks(self._ref.payload_id, number, 1)
-            if len(data) == size and digest_of(data) == index.chunks[number]:
-                self._on_bytes(len(data))
-                return data
+            try:
+                found = reader.read(number, buffer)
+            except LimitExceeded:
+                found = -1
+            if found == size and digest_of(buffer[:size]) == index.chunks[number]:
+                return size
             if self._stop.is_set():
                 raise StreamGap("stopped")
         raise DigestMismatch(f"chunk {number} of payload {self._ref.payload_id} is not what the publisher signed")

@@ -1,24 +1,26 @@
-"""Rebuild a version in the store and verify all of it, with the engine untouched.
+"""Rebuild a version and verify all of it, with the engine untouched.
 
 Order of checks: the target's manifest against the signed fingerprint and the engine's own names, dtypes and shapes
-first, with only the index fetched; then every chunk against its digest, every rebuilt tensor against its digest.
+first, with only the index fetched; then every chunk and every rebuilt tensor against its digest.
+
+A delta that builds on a version held here is kept as it came, and its tensors are rebuilt in memory: the disk takes
+what changed. Anything else (a first version, what bit rot took) is written whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import islice
 
-import numpy as np
-
-from ..common import codec
 from ..common.crashpoint import crash_point
-from ..common.delta import Bytes, Slot, as_bytes, chunks_of, cores, in_order, slots, target_manifest
-from ..common.errors import DamagedTensor, DigestMismatch, StreamGap, WrongBase
-from ..common.limits import LIMITS
+from ..common.delta import as_bytes, target_manifest
+from ..common.deltas import StoredDelta
+from ..common.digest import digest_of
+from ..common.errors import DamagedTensor, DigestMismatch, StreamGap
+from ..common.layout import Bytes, Placed, chunks_of, decode, in_body_order, placed
 from ..common.store import Store
 from ..common.stream import Stream
-from ..common.types import Block, Manifest, PayloadRef
+from ..common.threads import cores, in_order
+from ..common.types import DeltaTensor, Manifest, PayloadRef
 from .receive import Body, fetch_index
 from .state import damaged
 
@@ -46,79 +48,144 @@ def stage(
         raise DigestMismatch("the delta's index does not lead to the announced version")
     check(manifest)
     wanted = {entry.digest for entry in store.missing(manifest)}
-    needed = _needed(slots(index), wanted)
-    lost = wanted - {slot.tensor.digest for slot in needed}
+    order = in_body_order(index.tensors)
+    lost = wanted - {tensor.digest for tensor in order}
     if lost:
         raise StreamGap(f"payload {ref.payload_id} does not carry {len(lost)} tensors that are missing here")
+    places = list(placed((tensor.spec.size_bytes for tensor in order), index.blocks))
+    whole = base is None or not order or wanted != {tensor.digest for tensor in order}
+    needed = [p for p in places if not whole or any(order[span.number].digest in wanted for span in p.spans)]
     numbers = chunks_of(needed, index.chunk_bytes)
     expected = sum(min(index.chunk_bytes, index.body_bytes - n * index.chunk_bytes) for n in numbers) + ref.index_bytes
     received = ref.index_bytes
     on_progress(received, expected)
 
-    def arrived(size: int) -> None:
+    def arrived(chunk: memoryview) -> None:
         nonlocal received
-        received += size
+        received += len(chunk)
         on_progress(received, expected)
         crash_point("worker.received-chunk")
 
-    with Body(stream, ref, index, numbers, on_bytes=arrived) as body, store.writing():
-        with store.batch() as batch:
-            decoded = _decode(store, base, needed, body)
-            for slot in needed:
-                batch.add((out.data for out in islice(decoded, len(slot.tensor.blocks))), expect=slot.tensor.digest)
+    bases = _Bases(store, base, order)
+    if base is None or whole:
+        with Body(stream, ref, index, numbers, on_chunk=arrived) as body, store.writing():
+            _store_whole(store, order, needed, wanted, bases, body)
+            on_received()
+            store.put_manifest(manifest)
+        return manifest
+    with store.delta() as delta:
+
+        def keep(chunk: memoryview) -> None:
+            delta.write(chunk)
+            arrived(chunk)
+
+        with Body(stream, ref, index, numbers, on_chunk=keep) as body:
+            found = _rebuild(store, order, needed, bases, body)
+            body.finish()
         on_received()
+        bases.verify(_wrong(order, found))
+        delta.commit(StoredDelta.of(index, order, base))
+        store.memory.put({tensor.digest: data for tensor, data in zip(order, found, strict=True)})
         store.put_manifest(manifest)
     return manifest
 
 
-def _needed(found: list[Slot], wanted: set[bytes]) -> list[Slot]:
-    """The slots of wanted digests, each digest once."""
+class _Bases:
+    """The base's tensors, by number in body order."""
+
+    def __init__(self, store: Store, base: Manifest | None, order: list[DeltaTensor]):
+        self._store, self._base, self._order = store, base, order
+        self._found: dict[int, Bytes] = {}
+
+    def __call__(self, number: int) -> Bytes:
+        if number not in self._found:
+            name = self._order[number].spec.name
+            assert self._base is not None
+            try:
+                self._found[number] = as_bytes(self._store.read(self._base.by_name[name].digest, verify=False))
+            except DamagedTensor as error:
+                raise damaged(name, error) from error
+        return self._found[number]
+
+    def verify(self, wrong: list[DeltaTensor]) -> None:
+        """These came out wrong: blame the base if bit rot got at it, else the payload.
+
+        Raises: DamagedTensor, DigestMismatch; nothing if there are none.
+        """
+        for tensor in wrong:
+            if tensor.based and self._base is not None:
+                try:
+                    self._store.read(self._base.by_name[tensor.spec.name].digest, verify=True)
+                except DamagedTensor as error:
+                    raise damaged(tensor.spec.name, error) from error
+        if wrong:
+            raise DigestMismatch(f"tensor {wrong[0].spec.name!r} does not have the digest that the publisher signed")
+
+
+def _rebuild(store: Store, order: list[DeltaTensor], places: list[Placed], bases: _Bases, body: Body) -> list[Bytes]:
+    """All carried tensors, in memory; not verified yet."""
+    outs = [store.memory.take(tensor.spec.size_bytes) for tensor in order]
+    for _ in in_order(_decoder(order, bases, outs.__getitem__), _tasks(order, places, bases, body), threads=cores()):
+        pass
+    return outs
+
+
+def _store_whole(
+    store: Store, order: list[DeltaTensor], places: list[Placed], wanted: set[bytes], bases: _Bases, body: Body
+) -> None:
+    """Every wanted tensor into a pack, each as soon as its last block was decoded."""
     left = set(wanted)
-    needed = []
-    for slot in found:
-        if slot.tensor.digest in left:
-            left.remove(slot.tensor.digest)
-            needed.append(slot)
-    return needed
+    last = {span.number: place for place in places for span in place.spans}
+    outs: dict[int, Bytes] = {}
+
+    def out(number: int) -> Bytes:
+        return outs[number]
+
+    def tasks() -> Iterator[tuple[Placed, bytes]]:
+        for place, encoded in _tasks(order, places, bases, body):
+            for span in place.spans:
+                if span.number not in outs:
+                    outs[span.number] = store.memory.take(order[span.number].spec.size_bytes)
+            yield place, encoded
+
+    with store.batch() as batch:
+        for place in in_order(_decoder(order, bases, out), tasks(), threads=cores()):
+            for span in place.spans:
+                if last[span.number] is not place:
+                    continue
+                tensor, data = order[span.number], outs.pop(span.number)
+                if tensor.digest in left:
+                    left.remove(tensor.digest)
+                    try:
+                        batch.add((data.data,), expect=tensor.digest)
+                    except DigestMismatch:
+                        bases.verify([tensor])
 
 
-def _decode(store: Store, base: Manifest | None, needed: list[Slot], body: Body) -> Iterator[Bytes]:
-    """The decoded blocks of `needed`, in order; each is valid until the next is taken."""
-    threads = cores()
-    # one buffer for each block that may be in flight, touched once and reused: fresh pages cost more than the decoding
-    ring = [np.empty(LIMITS.block_bytes, np.uint8) for _ in range(threads + 2)]
+def _decoder(
+    order: list[DeltaTensor], bases: _Bases, out: Callable[[int], Bytes]
+) -> Callable[[tuple[Placed, bytes]], Placed]:
+    def run(task: tuple[Placed, bytes]) -> Placed:
+        place, encoded = task
+        tensor = order[place.spans[0].number]
+        decode(place, encoded, dtype=tensor.spec.dtype, base=bases if tensor.based else None, out=out)
+        return place
 
-    def tasks() -> Iterator[tuple[Block, memoryview, Bytes, Bytes | None, str]]:
-        turn = 0
-        for slot in needed:
-            spec, at = slot.tensor.spec, slot.offset
-            before = _base_bytes(store, base, slot) if any(_uses_base(b) for b in slot.tensor.blocks) else None
-            for n, block in enumerate(slot.tensor.blocks):
-                start = n * LIMITS.block_bytes
-                out = ring[turn][: min(LIMITS.block_bytes, spec.size_bytes - start)]
-                turn = (turn + 1) % len(ring)
-                piece = before[start : start + out.size] if before is not None and _uses_base(block) else None
-                yield block, body.read(at, block.encoded_bytes), out, piece, spec.dtype
-                at += block.encoded_bytes
-
-    def decode(task: tuple[Block, memoryview, Bytes, Bytes | None, str]) -> Bytes:
-        block, encoded, out, piece, dtype = task
-        codec.decode_block(block.codec, encoded, out, piece, dtype=dtype)
-        return out
-
-    return in_order(decode, tasks(), threads=threads)
+    return run
 
 
-def _uses_base(block: Block) -> bool:
-    return block.codec == codec.SPARSE
+def _tasks(order: list[DeltaTensor], places: list[Placed], bases: _Bases, body: Body) -> Iterator[tuple[Placed, bytes]]:
+    for place in places:
+        for span in place.spans:
+            tensor = order[span.number]
+            if tensor.based:
+                bases(span.number)  # here, in one thread: the decoders only look it up
+        yield place, body.read(place.offset, place.block.encoded_bytes)
 
 
-def _base_bytes(store: Store, base: Manifest | None, slot: Slot) -> Bytes:
-    """The base tensor's bytes. They are hashed here: a delta on top of bit rot would blame the publisher."""
-    entry = base.by_name.get(slot.tensor.spec.name) if base else None
-    if entry is None or entry.spec != slot.tensor.spec:
-        raise WrongBase(f"the delta builds on a tensor {slot.tensor.spec} that its base does not have")
-    try:
-        return as_bytes(store.read(entry.digest, verify=True))
-    except DamagedTensor as error:
-        raise damaged(entry.spec.name, error) from error
+def _wrong(order: list[DeltaTensor], found: list[Bytes]) -> list[DeltaTensor]:
+    """Those whose bytes do not have their digest."""
+    right = in_order(
+        lambda pair: digest_of(pair[1].data) == pair[0].digest, zip(order, found, strict=True), threads=cores()
+    )
+    return [tensor for tensor, good in zip(order, right, strict=True) if not good]

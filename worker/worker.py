@@ -37,10 +37,12 @@ _STOP_S = 1.0
 class Worker:
     """Keeps one engine on the fleet's version.
 
-    Args: `redis` a URL or a Stream; `state_dir` this worker's own folder (its store and record); `worker_id` defaults
-    to host name plus engine folder; `trust` a trust file: unsigned or unknown records are refused; `keep` versions kept
-    on disk for rollbacks without a byte from the network; `drain_s` how long a switch waits for requests in flight;
-    `poll_s` how long one read of the log waits: a server restarted empty, or `stop`, is noticed within this time.
+    Args: `redis` a URL or a Stream; `read_from` the URL of its replica, from which log and payloads are then read;
+    `payload_redis` the URL of another server, where payloads lie; `state_dir` this worker's own folder (its store and
+    record); `worker_id` defaults to host name plus engine folder; `trust` a trust file: unsigned or unknown records are
+    refused; `keep` versions kept on disk for rollbacks without a byte from the network; `drain_s` how long a switch
+    waits for requests in flight; `poll_s` how long one read of the log waits: a server restarted empty, or `stop`, is
+    noticed within this time.
     Raises: UsageError, StoreBusy (the folder is in use), StoreError.
     """
 
@@ -48,6 +50,8 @@ class Worker:
         self,
         redis: str | Stream,
         *,
+        read_from: str | None = None,
+        payload_redis: str | None = None,
         model: str,
         engine: Engine,
         state_dir: str | Path,
@@ -63,8 +67,10 @@ class Worker:
         self.id = worker_id or default_id(state_dir)
         _check_settings(keep=keep, heartbeat_s=heartbeat_s, stale_after_s=stale_after_s, drain_s=drain_s, poll_s=poll_s)
         self.model, self.engine, self.gate = model, engine, Gate()
-        self._stream: Stream = RedisStream(redis, model) if isinstance(redis, str) else redis
         self._where = redacted(redis) if isinstance(redis, str) else "the given stream"
+        if isinstance(redis, str):
+            redis = RedisStream(redis, model, read_from=read_from, payload_url=payload_redis)
+        self._stream: Stream = redis
         self._trust = Trust.load(trust) if isinstance(trust, str | Path) else trust
         build = engine.build
         self._closing = ExitStack()
@@ -185,6 +191,7 @@ class Worker:
             self.board.show(STOPPED, "stopped", nothing_served=True)
             self._stream.close()
             self._heart.stop()
+            self._pursuit.anchors.close()
             self._closing.close()
 
     def _say_goodbye(self) -> None:

@@ -1,0 +1,147 @@
+"""What a step costs the disks of publisher and worker, and how long an earlier version takes to come back.
+
+    python benchmarks/store_cost.py [--steps 110] [--width 512] [--layers 4] [--json FILE]
+
+Training-like steps (1.4 % of the elements move by one unit in the last place) go from a publisher to a worker in one
+process. Printed: bytes written per step on both sides against the bytes that changed and those of the model, and the
+time until every tensor of a version 1, 10 and 100 steps back is in memory and verified: in the worker itself, and
+after a restart, each against a memcpy of the model and against staging the newest step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import model
+import numpy as np
+import torch
+from refleet.common.memory_stream import MemoryServer, MemoryStream
+from refleet.common.store import Store
+from refleet.common.types import Manifest
+from refleet.publisher import Publisher
+from refleet.worker import Worker
+from refleet.worker.memory_engine import MemoryEngine
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+SHARE = 0.014
+
+
+def timed(step: Callable[[], object], *, rounds: int = 3) -> float:
+    """Median seconds."""
+    seconds = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def read_all(store: Store, manifest: Manifest) -> None:
+    with store.memory.pinned(manifest.digests):
+        for entry in manifest.tensors:
+            store.read(entry.digest, verify=True)
+
+
+def after_restart(root: Path, manifest: Manifest) -> None:
+    with Store(root) as store:
+        read_all(store, manifest)
+
+
+def run(folder: Path, options: argparse.Namespace) -> dict[str, object]:
+    server = MemoryServer()
+    weights = model.fresh(options.layers, options.width, seed=0)
+    full = model.size_bytes(options.layers, options.width)
+    manifests: list[Manifest] = []
+    written: dict[str, list[int]] = {"publisher": [], "worker": []}
+    wire, staged = [], []
+    worker = Worker(
+        MemoryStream(server, "m"), model="m", engine=MemoryEngine(), state_dir=folder / "w", worker_id="w",
+        keep=options.steps + 1, poll_s=0.02, heartbeat_s=0.2,
+    ).start()  # fmt: skip
+    with Publisher(MemoryStream(server, "m"), model="m", store=folder / "s", keep=options.steps + 1) as publisher:
+        stores = {"publisher": publisher.store, "worker": worker.store}
+        for number in track(range(options.steps + 1), console=Console(stderr=True), transient=True):
+            before = {name: store.size_bytes for name, store in stores.items()}
+            weights = model.changed(weights, SHARE if number else 0, seed=number)
+            state = {n: torch.from_numpy(b.view(np.int16)).view(torch.bfloat16) for n, b in weights.items()}
+            published = publisher.publish(state, version=f"v{number}")
+            ack = published.wait(workers=1, timeout_s=120)["w"]
+            manifests.append(publisher.store.manifest(published.release.fingerprint))
+            if number:
+                wire.append(published.release.payload_bytes)
+                staged.append(ack.timings_ms["stage"] / 1000)
+                for name, store in stores.items():
+                    written[name].append(store.size_bytes - before[name])
+        rows = {}
+        for back in (n for n in (1, 10, 100) if n <= options.steps):
+            manifest = manifests[-1 - back]
+            live = timed(lambda manifest=manifest: read_all(worker.store, manifest), rounds=1)
+            again = timed(lambda manifest=manifest: after_restart(folder / "w", manifest))
+            rows[back] = {"live_s": live, "restart_s": again}
+        worker.stop()
+    source, target = np.ones(full, np.uint8), np.ones(full, np.uint8)
+    copied = timed(lambda: np.copyto(target, source), rounds=7)
+    return {
+        "full_bytes": full, "changed_bytes": int(full * SHARE), "wire_bytes": statistics.median(wire),
+        "memcpy_s": copied, "stage_s": statistics.median(staged), "back": rows,
+        "written_median": {name: statistics.median(each) for name, each in written.items()},
+        "written_mean": {name: statistics.fmean(each) for name, each in written.items()},
+    }  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=110)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="refleet-store-"))
+    try:
+        seen = run(folder, options)
+    finally:
+        shutil.rmtree(folder)
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    full, changed = float(seen["full_bytes"]), float(seen["changed_bytes"])  # type: ignore[arg-type]
+    table = Table(title=f"one step of {full / 1e6:.0f} MB bf16, {SHARE:.1%} of the elements changed")
+    for name in ("", "bytes, median", "/ changed bytes", "/ model", "with anchors, mean", "/ model"):
+        table.add_column(name, justify="right")
+    table.add_row(
+        "wire", f"{seen['wire_bytes']:,.0f}", f"{seen['wire_bytes'] / changed:.2f}", f"{seen['wire_bytes'] / full:.4f}"
+    )  # type: ignore[operator] # noqa: E501
+    for name, median in seen["written_median"].items():  # type: ignore[attr-defined]
+        mean = seen["written_mean"][name]  # type: ignore[index]
+        table.add_row(
+            name,
+            f"{median:,.0f}",
+            f"{median / changed:.2f}",
+            f"{median / full:.4f}",
+            f"{mean:,.0f}",
+            f"{mean / full:.4f}",
+        )  # noqa: E501
+    console.print(table)
+    table = Table(title="until an earlier version is in memory and verified")
+    for name in ("steps back", "/ memcpy", "/ staging a step", "after a restart / memcpy", "/ staging a step"):
+        table.add_column(name, justify="right")
+    copied, stage = seen["memcpy_s"], seen["stage_s"]
+    for back, row in seen["back"].items():  # type: ignore[attr-defined]
+        figures = [row["live_s"] / copied, row["live_s"] / stage, row["restart_s"] / copied, row["restart_s"] / stage]
+        table.add_row(str(back), *(f"{figure:.1f}" for figure in figures))
+    console.print(table)
+    if options.json:
+        options.json.write_text(json.dumps(seen, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""Read a checkpoint once and compare it with the version before: what is the same, and what has to travel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..common.crashpoint import crash_point
+from ..common.delta import Input, as_bytes
+from ..common.digest import digest_of
+from ..common.errors import DamagedTensor
+from ..common.kernels import changed
+from ..common.layout import Bytes
+from ..common.memory import Memory
+from ..common.store import Store
+from ..common.types import DeltaTensor, Manifest, TensorEntry, TensorSpec
+from .checkpoint import Checkpoint
+
+
+class RottenBaseError(Exception):
+    """Bit rot took a tensor of the base while it was compared with; it counts as missing from now on."""
+
+
+class Comparison:
+    """One reading of a checkpoint against `base` in `store`: iterate `inputs()` once, then ask for the rest.
+
+    `keep`: all tensors stay in `held`, by digest. Otherwise their memory is used again once they are encoded.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, base: Manifest | None, store: Store | None, *, keep: bool = False):
+        self._checkpoint, self._store, self._keep = checkpoint, store, keep
+        self._memory = store.memory if store else Memory()
+        self._before = base.by_name if base and store else {}
+        self._at_hand = {e.digest for e in self._before.values() if store and store.has(e.digest)}
+        self._entries: dict[str, TensorEntry] = {}
+        self.changed: list[DeltaTensor] = []
+        self.held: dict[bytes, Bytes] = {}
+        self.read_bytes = 0
+
+    def manifest(self) -> Manifest:
+        """Of the checkpoint, once all of it was read."""
+        return Manifest.of(self._entries.values())
+
+    def inputs(self) -> Iterator[Input]:
+        """Reads every tensor, in the order of a body, and gives those that have to travel.
+
+        Raises: CheckpointErrors of the checkpoint, RottenBaseError.
+        """
+        specs = self._checkpoint.specs.values()
+        for spec in sorted(specs, key=lambda spec: (self._based(spec), spec.dtype, spec.name.encode())):
+            new = self._memory.take(spec.size_bytes)
+            self._checkpoint.read_into(spec.name, new)
+            self.read_bytes += spec.size_bytes
+            before = self._before.get(spec.name)
+            old = self._base(before.digest) if before and self._based(spec) else None
+            unchanged = before if old is not None and not changed(new, old) else None
+            entry = self._entries[spec.name] = unchanged or TensorEntry(spec, digest_of(new.data))
+            if self._keep:
+                self.held[entry.digest] = new
+            if entry != before:
+                yield from self._travelling(entry, new, old)
+
+    def _travelling(self, entry: TensorEntry, new: Bytes, old: Bytes | None) -> Iterator[Input]:
+        carried = entry.digest not in self._at_hand and new.size > 0
+        self._at_hand.add(entry.digest)
+        self.changed.append(DeltaTensor(entry.spec, entry.digest, carried, carried and old is not None))
+        if carried:
+            yield Input(entry.spec.dtype, new, old)
+        crash_point("publisher.stored-tensor")
+
+    def _based(self, spec: TensorSpec) -> bool:
+        """Whether it can be sent relative to the base's tensor."""
+        earlier = self._before.get(spec.name)
+        return earlier is not None and earlier.spec == spec and earlier.digest in self._at_hand and spec.size_bytes > 0
+
+    def _base(self, digest: bytes) -> Bytes:
+        assert self._store is not None
+        try:
+            return as_bytes(self._store.read(digest, verify=True))
+        except DamagedTensor as damage:
+            self._store.forget(digest)
+            raise RottenBaseError from damage
