@@ -118,7 +118,7 @@ def main() -> int:
         table.add_column(name, justify="right")
     table.add_row(
         "wire", f"{seen['wire_bytes']:,.0f}", f"{seen['wire_bytes'] / changed:.2f}", f"{seen['wire_bytes'] / full:.4f}"
-    )  # type: ignore[operator] # noqa: E501
+    )  # type: ignore[operator]
     for name, median in seen["written_median"].items():  # type: ignore[attr-defined]
         mean = seen["written_mean"][name]  # type: ignore[index]
         table.add_row(
@@ -128,7 +128,7 @@ def main() -> int:
             f"{median / full:.4f}",
             f"{mean:,.0f}",
             f"{mean / full:.4f}",
-        )  # noqa: E501
+        )
     console.print(table)
     table = Table(title="until an earlier version is in memory and verified")
     for name in ("steps back", "/ memcpy", "/ staging a step", "after a restart / memcpy", "/ staging a step"):

@@ -1,4 +1,4 @@
-"""One reading of a checkpoint: sent while it is read, stored at the cost of what changed, nothing announced too early."""
+"""One reading of a checkpoint: sent while it is read, stored at the cost of what changed, announced when all is known."""
 
 from __future__ import annotations
 
