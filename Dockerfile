@@ -1,7 +1,9 @@
 # refleet on CPU: publisher and workers run from this one image (see compose.yaml).
 FROM python:3.11-slim AS build
 WORKDIR /src
-COPY pyproject.toml README.md LICENSE constraints.txt ./
+# the codec kernels are in C; without a compiler a slower form of them is used
+RUN apt-get update -q && apt-get install -y -q --no-install-recommends gcc libc6-dev
+COPY pyproject.toml setup.py MANIFEST.in README.md LICENSE constraints.txt ./
 COPY common common
 COPY publisher publisher
 COPY worker worker

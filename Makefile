@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# what an install builds from: a change of the C sources builds them anew
+BUILD  := pyproject.toml setup.py constraints.txt $(wildcard common/_kernels*.[ch])
 
 .PHONY: demo test test-plan check lint types imports bench typing servers clean
 .PHONY: bench-codec bench-scale bench-links bench-check
@@ -65,11 +67,11 @@ servers:
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/.demo: $(BUILD) | $(VENV)/bin/python
 	$(PIP) -c constraints.txt -e '.[demo]'
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/.dev: $(BUILD) | $(VENV)/bin/python
 	$(PIP) -c constraints.txt -e '.[dev]'
 	@touch $@ $(VENV)/.demo
 

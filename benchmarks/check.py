@@ -4,8 +4,9 @@
 
 The data are steps made from integers of a seeded generator, so sizes must come out to the byte: any growth fails. (With
 another numpy or zstd the data or the frames may differ: then sizes may grow by 1 %.) Speeds are shares of what the
-machine can do (see codec_peers.py), each taken right after its yardstick; their noise was measured when they were
-stored. They are compared on the kind of processor they were stored on; elsewhere they are shown. `--store` keeps what
+machine can do (see codec_peers.py), in processor time, the quickest of several rounds each; their noise was measured
+when they were stored. The best of several takes must reach the stored median less its noise, at the second try at the
+latest. They are compared on the kind of processor they were stored on; elsewhere they are shown. `--store` keeps what
 was measured now, after a change that was meant to be.
 """
 
@@ -36,7 +37,7 @@ STEPS: dict[str, tuple[str, float | None]] = {
     "rl": ("BF16", 7.7e-7), "rl-10x": ("BF16", 7.7e-6), "fine-tune": ("BF16", 5e-5), "unrelated": ("BF16", None),
     "fine-tune-fp32": ("F32", 5e-5), "unrelated-fp32": ("F32", None),
 }  # fmt: skip
-NOISE_MIN, NOISE_MAX, GROWTH = 0.1, 0.4, 0.01  # of speeds; of sizes with other libraries
+NOISE_MIN, NOISE_MAX, GROWTH = 0.25, 0.5, 0.01  # of speeds; of sizes with other libraries
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +96,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         takes = []
         for _ in range(3):
             row = Row(name, OWN.name)
-            speeds(OWN, step, 1, options.rounds, row)
+            speeds(OWN, step, 1, options.rounds, row, quietest=True)
             takes.append((row.of_compare[1], row.of_copy[1]))
         for what, values in zip(("encode", "decode"), zip(*takes, strict=True), strict=True):
             middle = statistics.median(values)
             noise_seen = (max(values) - min(values)) / middle
-            found_speeds[f"{name} {what}"] = {"share": middle, "noise": min(max(NOISE_MIN, noise_seen), NOISE_MAX)}
+            found_speeds[f"{name} {what}"] = {
+                "share": middle, "best": max(values), "noise": min(max(NOISE_MIN, noise_seen), NOISE_MAX)
+            }  # fmt: skip
     return {"machine": machine(), "libraries": libraries(), "data": digest.hexdigest(), "mib": options.mib,
             "sizes": found_sizes, "speeds": found_speeds}  # fmt: skip
 
@@ -134,7 +137,7 @@ def compare(fresh: dict[str, Any], stored: dict[str, Any]) -> list[Line]:
         old = before["share"] if before else None
         least = before["share"] * (1 - before["noise"]) if before else 0.0
         of = "two-stream read" if name.endswith("encode") else "memcpy"
-        lines.append(Line(f"{name}: share of {of}", now["share"], old, least, True, counts=here))
+        lines.append(Line(f"{name}: share of {of}", now["best"], old, least, True, counts=here))
     return lines
 
 
@@ -169,6 +172,11 @@ def main() -> int:
         raise SystemExit(f"nothing is stored in {options.against}: start with --store")
     stored = json.loads(options.against.read_text())
     lines = compare(fresh, stored)
+    if any(line.bad and line.larger_is_better for line in lines):  # other jobs on the machine pass, a slow codec stays
+        again = measure(options)["speeds"]
+        for name, now in fresh["speeds"].items():
+            now["best"] = max(now["best"], again[name]["best"])
+        lines = compare(fresh, stored)
     console = Console(width=None if sys.stdout.isatty() else 110)
     show(lines, console)
     bad = [line.name for line in lines if line.bad]

@@ -127,20 +127,27 @@ def sizes(form: Form, steps: list[Step], row: Row) -> None:
     row.in_place = form.in_place
 
 
-def speeds(form: Form, step: Step, count: int, rounds: int, row: Row) -> None:
-    """Medians of rounds; each round takes the yardsticks right before the codec: the machine may be shared."""
+def speeds(form: Form, step: Step, count: int, rounds: int, row: Row, *, quietest: bool = False) -> None:
+    """Medians of rounds; each round takes the yardsticks right before the codec: the machine may be shared.
+
+    `quietest`: the quickest of all rounds instead, of codec and yardsticks alike.
+    """
     threads = Threads(count)
-    best, found, started = Yardstick(step.new, threads), [], time.perf_counter()
+    best, taken, started = Yardstick(step.new, threads), [], time.perf_counter()
     for n in range(rounds + 1):
         compare, copy, began = best.compare(), best.copy(), threads.now()
         sent = step.encode(form, threads)
         encode = threads.now() - began
-        decode = step.decode(form, sent, threads)
-        found.append((step.new.size / encode / 1e9, step.new.size / decode / 1e9, compare / encode, copy / decode))
+        taken.append((compare, copy, encode, step.decode(form, sent, threads)))
         if n and time.perf_counter() - started > ENOUGH_S:
             break
     threads.close()
-    medians = [statistics.median(column) for column in zip(*found[1:], strict=True)]
+    kept = [tuple(map(min, zip(*taken[1:], strict=True)))] if quietest else taken[1:]
+    size = step.new.size / 1e9
+    figures = [
+        (size / encode, size / decode, compare / encode, copy / decode) for compare, copy, encode, decode in kept
+    ]
+    medians = [statistics.median(column) for column in zip(*figures, strict=True)]
     for into, value in zip((row.encode_gb_s, row.decode_gb_s, row.of_compare, row.of_copy), medians, strict=True):
         into[count] = value
 

@@ -2,8 +2,8 @@
 
 A step is taken element by element as a flag (changed or not) and, where changed, a difference d in units in the last
 place: floats are mapped to integers in their own order, d = new - base. All probabilities are the frequencies of this
-very step, and describing them costs nothing here. Where things lie is left out: a codec that notices that changes gather in
-some rows or tensors can go below.
+very step, and describing them costs nothing here. Where things lie is left out: a codec that notices that changes
+gather in some rows or tensors can go below.
 
     order 0         n (h(p) + p H(d)), with p the share that changed, h the entropy of a flag in bits, H that of d
     given exponent  the sum over exponents e of the base of n_e (h(p_e) + p_e H(d | e)); the receiver has the base

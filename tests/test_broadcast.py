@@ -1,4 +1,4 @@
-"""One reading of a checkpoint: sent while it is read, stored at the cost of what changed, announced when all is known."""
+"""One reading of a checkpoint: sent while it is read, stored at what changed, announced when all of it is known."""
 
 from __future__ import annotations
 
