@@ -176,6 +176,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.quick:
         options.layers, options.width, options.rounds = 2, 128, 1
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything below is put away
     if options.inside:
         rows = inside(Side(*options.inside[:3]), Side(*options.inside[3:]), options)
         show(rows, Console(width=None if sys.stdout.isatty() else 130))
@@ -185,7 +186,6 @@ def main() -> int:
     if reason := namespaces.missing():
         print(f"skipped: {reason}")
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with namespaces.link() as (near, far):
         sides = [word for side in (near, far) for word in (side.namespace, side.address, side.device)]
         again = near.command(sys.executable, *sys.argv, "--inside", *sides)

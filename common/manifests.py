@@ -54,8 +54,9 @@ class Manifests:
         """Removes those not in `keep` and older than `grace_s`; returns them, and the bytes freed."""
         removed = tuple(f for f in self.held() if f not in keep and self._age_s(f) >= grace_s)
         freed_bytes = sum(remove(self._path(fingerprint)) for fingerprint in removed)
-        with disk_errors(self.folder):
-            sync_folder(self.folder)  # before its tensors go: a power cut must not bring a manifest back
+        if removed:
+            with disk_errors(self.folder):
+                sync_folder(self.folder)  # before its tensors go: a power cut must not bring a manifest back
         return removed, freed_bytes
 
     def live(self, kept: frozenset[bytes]) -> tuple[set[bytes], set[bytes]]:

@@ -105,12 +105,13 @@ class TempFile:
             os.fsync(self._fd)
         crash_point(f"store.{kind}-synced")
 
-    def rename(self, target: Path, kind: str) -> None:
+    def rename(self, target: Path, kind: str, *, sync: bool = True) -> None:
         """The file is visible as `target` afterwards, replacing what was there. `sync` comes first."""
         with disk_errors(target):
             os.rename(self.path, target)  # noqa: PTH104  beside fsync
             crash_point(f"store.{kind}-renamed")
-            sync_folder(target.parent)
+            if sync:
+                sync_folder(target.parent)
 
     def close(self) -> None:
         """Closes the file, and removes it where it was not renamed."""
@@ -164,17 +165,19 @@ def remove(path: Path) -> int:
     return size_bytes
 
 
-def write_file(path: Path, data: bytes, *, temp: Path) -> None:
+def write_file(path: Path, data: bytes, *, temp: Path, sync: bool = True) -> None:
     """Puts a record at `path`: its BLAKE3, then `data`. After a crash anywhere the old or the new one is there.
 
-    `temp` is the folder for temp files, on the same file system. Raises: StoreFull, StoreError.
+    `temp` is the folder for temp files, on the same file system. Without `sync` a power cut may leave neither, or a
+    damaged one; a crash of the process changes nothing of what was promised. Raises: StoreFull, StoreError.
     """
     with TempFile(temp) as file:
         end = file.write(digest_of(data), at=0)
         crash_point("store.record-temp")
         file.write(data, at=end)
-        file.sync("record")
-        file.rename(path, "record")
+        if sync:
+            file.sync("record")
+        file.rename(path, "record", sync=sync)
 
 
 def read_file(path: Path) -> bytes | None:

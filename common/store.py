@@ -211,9 +211,12 @@ class Store:
 
     # records
 
-    def put_record(self, name: str, data: bytes) -> None:
-        """Sets the record `name` (ours, such as `release/main`): letters, digits and `._@-`, in parts between `/`."""
-        write_file(self._record_path(name), data, temp=self._temp)
+    def put_record(self, name: str, data: bytes, *, sync: bool = True) -> None:
+        """Sets the record `name` (ours, such as `release/main`): letters, digits and `._@-`, in parts between `/`.
+
+        Without `sync` a power cut may take it: for what can be done without.
+        """
+        write_file(self._record_path(name), data, temp=self._temp, sync=sync)
 
     def record(self, name: str) -> bytes | None:
         """The record `name`, or None. Raises: MalformedRecord naming its file when it is damaged."""
@@ -224,10 +227,10 @@ class Store:
         names = (path.name.replace("+", "/") for path in self._records.iterdir())
         return sorted(name for name in names if name.startswith(prefix))
 
-    def drop_record(self, name: str) -> None:
-        """Removes the record `name` for good, if it is there."""
+    def drop_record(self, name: str, *, sync: bool = True) -> None:
+        """Removes the record `name`, if it is there; without `sync` a power cut may bring it back."""
         path = self._record_path(name)
-        if remove(path):
+        if remove(path) and sync:
             with disk_errors(path):
                 sync_folder(self._records)
 

@@ -107,7 +107,8 @@ class Book:
         return sorted((v for v in found if v), key=lambda v: v.created_at_ms)
 
     def save_version(self, version: Version) -> None:
-        self.store.put_record(f"version-{version.version}", wire.pack(version))
+        """Durable once it is released: before, nobody depends on it."""
+        self.store.put_record(f"version-{version.version}", wire.pack(version), sync=version.released)
 
     def manifest_of(self, version_id: str) -> Manifest:
         """The manifest of a version whose tensors are all here. Raises: UnknownVersion, saying what there is."""
@@ -164,10 +165,11 @@ class Book:
         return [wire.unpack(d, SentPayload) for d in data if d]
 
     def save_payload(self, payload: SentPayload) -> None:
-        self.store.put_record(f"payload-{payload.payload_id}", wire.pack(payload))
+        """Survives this process, not a power cut: what the server holds expires by itself."""
+        self.store.put_record(f"payload-{payload.payload_id}", wire.pack(payload), sync=False)
 
     def drop_payload(self, payload_id: str) -> None:
-        self.store.drop_record(f"payload-{payload_id}")
+        self.store.drop_record(f"payload-{payload_id}", sync=False)
 
 
 def released(version: Version) -> Version:
