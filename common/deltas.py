@@ -77,11 +77,6 @@ class StoredDelta:
             index.blocks,
         )
 
-    @property
-    def bases(self) -> set[bytes]:
-        """Digests of the tensors that reading any tensor of this file takes."""
-        return {tensor.base for tensor in self.tensors if tensor.base is not None}
-
 
 class DeltaFile:
     """A visible file. Its record stays in memory; the body is read with pread: a cut file would kill who maps it."""
@@ -89,6 +84,8 @@ class DeltaFile:
     def __init__(self, path: Path, record: StoredDelta):
         self.path, self.record = path, record
         self.numbers = {tensor.digest: number for number, tensor in enumerate(record.tensors)}
+        #: digests of the tensors that reading any tensor of this file takes
+        self.bases = frozenset(tensor.base for tensor in record.tensors if tensor.base is not None)
 
     @property
     def name(self) -> str:

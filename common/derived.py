@@ -69,11 +69,12 @@ class Derived:
                 )
             return found
 
-    def depth(self, digest: bytes) -> int:
-        """How many files lie between this tensor and a whole one. 0: it is in no file."""
+    def depth(self, digests: Iterable[bytes]) -> int:
+        """How many files it takes at most to rebuild one of these. 0: none of them is in a file."""
         with self._guard:
             depths: dict[str, int] = {}
-            return self._depth(self._where.get(digest), depths)
+            files = {self._where[digest].name: self._where[digest] for digest in digests if digest in self._where}
+            return max((self._depth(file, depths) for file in files.values()), default=0)
 
     def needs(self, digests: Iterable[bytes], *, whole: Callable[[bytes], bool]) -> tuple[set[bytes], set[str]]:
         """Digests that must be kept so that all of `digests` can be read, and the names of the files for it."""
@@ -84,7 +85,7 @@ class Derived:
                 file = None if whole(digest) else self._where.get(digest)
                 if file is not None and file.name not in files:
                     files.add(file.name)
-                    new = file.record.bases - needed
+                    new = file.bases - needed
                     needed |= new
                     left += new
             return needed, files
@@ -156,11 +157,9 @@ class Derived:
 
     # ------------------------------------------------------------------ rebuilding
 
-    def _depth(self, file: DeltaFile | None, depths: dict[str, int]) -> int:
-        if file is None:
-            return 0
+    def _depth(self, file: DeltaFile, depths: dict[str, int]) -> int:
         if file.name not in depths:
-            below = {self._where[base].name: self._where[base] for base in file.record.bases if base in self._where}
+            below = {self._where[base].name: self._where[base] for base in file.bases if base in self._where}
             below = {name: each for name, each in below.items() if name < file.name}
             depths[file.name] = 1 + max((self._depth(each, depths) for each in below.values()), default=0)
         return depths[file.name]
@@ -177,7 +176,7 @@ class Derived:
                 self._index()
                 self._memory.put(found)
             else:
-                later = set[bytes]().union(*(other.record.bases for other in order[number + 1 :]))
+                later = set[bytes]().union(*(other.bases for other in order[number + 1 :]))
                 between = {digest: data for digest, data in (between | found).items() if digest in later}
                 del found  # buffers that nobody looks at are used again
 
@@ -193,7 +192,7 @@ class Derived:
                 continue
             seen.add(each.name)
             stack.append((each, True))
-            lacking = (base for base in each.record.bases if self._memory.get(base) is None and base in self._where)
+            lacking = (base for base in each.bases if self._memory.get(base) is None and base in self._where)
             older = [self._where[base] for base in lacking if not self._is_whole(base)]
             stack += [(below, False) for below in older if below.name < each.name]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -16,7 +17,11 @@ from numpy.typing import NDArray
 
 Bytes = NDArray[np.uint8]
 
-#: references to a buffer that nobody else has: of the list, of the loop's variable, of getrefcount's argument
+#: smaller ones are left to the allocator, which keeps their pages itself
+POOLED_BYTES = 64 << 10
+#: buffers that are looked at before a new one is made: a model may have thousands of one size
+_LOOKS = 64
+#: references to a buffer that nobody else has: of the deque, of the loop's variable, of getrefcount's argument
 _UNUSED = 3
 
 
@@ -28,7 +33,7 @@ class Memory:
         self._held: dict[bytes, Bytes] = {}
         self._pinned: frozenset[bytes] = frozenset()
         self._pins: list[frozenset[bytes]] = []
-        self._buffers: dict[int, list[Bytes]] = {}
+        self._buffers: dict[int, deque[Bytes]] = {}
 
     @property
     def size_bytes(self) -> int:
@@ -38,9 +43,13 @@ class Memory:
 
     def take(self, size: int) -> Bytes:
         """A buffer of `size` bytes with undefined content: a used one where there is one free."""
+        if size < POOLED_BYTES:
+            return np.empty(size, np.uint8)
         with self._guard:
-            buffers = self._buffers.setdefault(size, [])
-            for buffer in buffers:
+            buffers = self._buffers.setdefault(size, deque())
+            for _ in range(min(len(buffers), _LOOKS)):
+                buffers.rotate(-1)  # the one that was handed out the longest ago
+                buffer = buffers[-1]
                 if sys.getrefcount(buffer) <= _UNUSED:  # no array, memoryview or tensor looks into it
                     return buffer[:]
             made = np.empty(size, np.uint8)
@@ -86,4 +95,4 @@ class Memory:
             self._held = {digest: data for digest, data in self._held.items() if digest in kept}
             if free:
                 for size, buffers in self._buffers.items():
-                    self._buffers[size] = [buffer for buffer in buffers if sys.getrefcount(buffer) > _UNUSED]
+                    self._buffers[size] = deque(b for b in buffers if sys.getrefcount(b) > _UNUSED)

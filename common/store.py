@@ -167,7 +167,7 @@ class Store:
         Raises: DamagedTensor, StoreFull, StoreError.
         """
         derived = self._objects.lacking(digests(manifest))
-        if not derived or max(self._derived.depth(digest) for digest in derived) < every:
+        if self._derived.depth(derived) < every:
             return 0
         written = 0
         with self.batch() as batch:

@@ -14,7 +14,7 @@ from refleet.common.deltas import DeltaFile, StoredDelta
 from refleet.common.digest import digest_of
 from refleet.common.errors import DamagedTensor, MalformedRecord
 from refleet.common.layout import in_body_order
-from refleet.common.memory import Memory
+from refleet.common.memory import POOLED_BYTES, Memory
 from refleet.common.store import Store
 from refleet.common.types import Manifest, TensorEntry, TensorSpec
 
@@ -232,18 +232,18 @@ def test_a_view_keeps_its_bytes_whatever_is_rebuilt_afterwards(store: Store) -> 
 
 def test_memory_is_used_again_only_when_nobody_looks_at_it() -> None:
     memory = Memory()
-    first = memory.take(1000)
+    first = memory.take(POOLED_BYTES)
     address = first.ctypes.data
     view = memoryview(first)[10:20]
     del first
-    assert memory.take(1000).ctypes.data != address
+    assert memory.take(POOLED_BYTES).ctypes.data != address
     del view
-    assert address in {buffer.ctypes.data for buffer in (memory.take(1000), memory.take(1000))}
+    assert address in {buffer.ctypes.data for buffer in (memory.take(POOLED_BYTES), memory.take(POOLED_BYTES))}
 
 
 def test_memory_keeps_what_is_pinned() -> None:
     memory = Memory()
-    one, two = memory.take(8), memory.take(8)
+    one, two = memory.take(POOLED_BYTES), memory.take(POOLED_BYTES)
     memory.put({b"1": one, b"2": two})
     memory.pin([b"1"])
     with memory.pinned([b"2"]):
