@@ -12,16 +12,22 @@ Bytes
     digest         BLAKE3 of tensors and chunks, and the fingerprint of a version
     wire           records <-> msgpack, strict
     signing        signed envelopes, signing keys, the trust file
-    codec          which codecs there are, and which one a block of a tensor gets
-    zstd           safe zstd frames, and the codec that compresses byte planes
-    sparse         the codec for blocks of which few elements changed
+    codec          which codecs there are, and which one a block gets
+    sparse         the codec for blocks of which few elements changed, by class of the base's exponent
+    planes, zstd   the codecs that take elements apart into byte planes, and safe zstd frames
+    lowrank        a low-rank update predicted from its factors
+    kernels        the work per element, in C or numpy: kernels_numpy, kernels_symbols, kernels_types, varint
+    layout         where the tensors of a delta lie in its blocks
     delta          what turns a base version into a target: plan, body, chunks, index
     tensors        torch tensors <-> dtype text and bytes
+    threads        work over threads, in order and ahead, with bounded memory
 
 Store
     store          tensors by digest, manifests by fingerprint, and small records, on local disk
-    objects        its tensors: the packs of one folder, shared by several processes
-    pack           one pack: many tensors in an append-only file
+    objects, pack  its whole tensors: packs, append-only files of many, shared by several processes
+    derived, deltas   its tensors kept as changes to others, and rebuilt
+    memory         its tensors in this process's memory, in buffers that are used again
+    manifests      its versions; folder_stamp: whether another process changed a folder
     retention      which packs go, which stay, which are copied
     records        small files that are there whole or not at all, and locks
 
@@ -29,14 +35,18 @@ Stream
     stream         what a carrier of records and chunks must do, and the table of Redis keys
     redis_stream   the carrier over Redis or Valkey
     redis_link     its connections and time limits, and the server's errors in refleet's words
+    redis_payload, redis_reader, redis_wire   payload bytes from and into the caller's memory, on raw sockets
     redis_replies  its replies as facts
     redis_scripts  its Lua: the fence is checked and the entry written in one step
-    memory_stream  its twin in this process, for tests
+    stream_rules   decisions and errors that all forms share
+    memory_stream, memory_server   its twin in this process, for tests
 """
 
 __all__ = [
     "types", "messages", "errors", "limits", "config", "crashpoint",
-    "digest", "wire", "signing", "codec", "zstd", "sparse", "delta", "tensors",
-    "store", "objects", "pack", "retention", "records",
-    "stream", "redis_stream", "redis_link", "redis_replies", "redis_scripts", "memory_stream",
+    "digest", "wire", "signing", "codec", "sparse", "planes", "zstd", "lowrank", "kernels", "layout", "delta",
+    "tensors", "threads",
+    "store", "objects", "pack", "derived", "deltas", "memory", "manifests", "folder_stamp", "retention", "records",
+    "stream", "redis_stream", "redis_link", "redis_payload", "redis_reader", "redis_wire", "redis_replies",
+    "redis_scripts", "stream_rules", "memory_stream", "memory_server",
 ]  # fmt: skip

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from .deltas import DeltaFile, DeltaWriter, StoredDelta
 from .digest import digest_of
 from .errors import DamagedTensor, LimitExceeded, MalformedRecord, StoreError
+from .folder_stamp import FolderStamp
 from .layout import Bytes, Placed, decode, placed
 from .memory import Memory
 from .pack import HEAL
@@ -40,6 +41,7 @@ class Derived:
         # in a circle, which the newest would as soon as a tensor returns to an earlier value.
         self._where: dict[bytes, DeltaFile] = {}
         self._forgotten: set[tuple[str, bytes]] = set()  # (file, digest): could not be rebuilt from there
+        self._stamp = FolderStamp(folder)
         self.refresh()
 
     # ------------------------------------------------------------------ reading
@@ -111,7 +113,7 @@ class Derived:
     def retain(self, names: set[str]) -> int:
         """Removes all files but these; returns the bytes freed."""
         with self._guard:
-            self.refresh()
+            self.refresh(force=True)
             gone = [file for name, file in self._files.items() if name not in names]
             freed = 0
             for file in gone:
@@ -120,15 +122,15 @@ class Derived:
             self._index()
             return freed
 
-    def refresh(self) -> bool:
-        """Learns which files came and went; False where nothing did."""
+    def refresh(self, *, force: bool = False) -> bool:
+        """Learns which files came and went; False where the folder did not change since the last look."""
         with self._guard:
+            if not self._stamp.changed() and not force:
+                return False
             try:
                 names = {path.name for path in self.folder.iterdir() if path.suffix == ".delta"}
             except OSError as error:
                 raise StoreError(f"the store can't be read: {error.strerror}", about=str(self.folder)) from error
-            if names == self._files.keys():
-                return False
             for name in self._files.keys() - names:
                 del self._files[name]
             for name in sorted(names - self._files.keys()):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 import secrets
 import threading
-import time
 from collections.abc import Iterable, Iterator, KeysView
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from .digest import digest_of
 from .errors import DamagedTensor, MalformedRecord, StoreError
+from .folder_stamp import FolderStamp
 from .pack import HEAL, PACK_BYTES, Pack, PackWriter
 from .records import locked, remove
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 #: every zero-size tensor has this digest; such tensors are never stored and never missing
 EMPTY = digest_of(b"")
 _ORDER_WAIT_S = 60.0  # the lock is held for one rename
-_SETTLED_NS = 2_000_000_000  # file systems stamp folders with a coarse clock: a younger stamp may hide a second change
 # A growing number orders packs by age. The random part keeps a name from ever being used twice: somebody else may still
 # know a removed pack by it.
 _NUMBER = re.compile(r"([0-9a-f]{12})-[0-9a-f]{16}\.pack")
@@ -46,7 +45,7 @@ class Objects:
         self._packs: dict[str, Pack] = {}
         self._where: dict[bytes, Pack] = {}  # digest -> the newest pack that holds it
         self._forgotten: set[tuple[str, bytes]] = set()  # (pack, digest): copies that proved damaged
-        self._seen_ns: int | None = None  # the folder's time stamp at the last look; None: look again
+        self._stamp = FolderStamp(folder)
         self.refresh()
 
     # reading
@@ -144,14 +143,12 @@ class Objects:
     def refresh(self, *, force: bool = False) -> bool:
         """Learns which packs came and went; False where the folder did not change since the last look."""
         with self._guard:
+            if not self._stamp.changed() and not force:
+                return False
             try:
-                changed_ns = self.folder.stat().st_mtime_ns
-                if changed_ns == self._seen_ns and not force:
-                    return False
                 names = {path.name for path in self.folder.iterdir() if path.suffix == ".pack"}
             except OSError as error:
                 raise StoreError(f"the store can't be read: {error.strerror}", about=str(self.folder)) from error
-            self._seen_ns = changed_ns if time.time_ns() - changed_ns > _SETTLED_NS else None
             self._drop(self._packs.keys() - names)
             for name in sorted(names - self._packs.keys()):
                 self._open(self.folder / name)

@@ -187,7 +187,7 @@ class Store:
         """
         with locked(self._locks / "objects", shared=True, wait_s=wait_s):
             self._objects.refresh(force=True)  # what a collect removed must not pass for present
-            self._derived.refresh()
+            self._derived.refresh(force=True)
             yield
 
     # versions

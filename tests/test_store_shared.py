@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from refleet.common import objects
+from refleet.common import folder_stamp
 from refleet.common.digest import digest_of
 from refleet.common.errors import DamagedTensor, StoreBusy
 from refleet.common.records import locked
@@ -79,7 +79,7 @@ def test_a_change_right_after_a_look_is_not_missed(store: Store, tmp_path: Path)
 
 def test_a_miss_in_a_folder_that_rests_costs_no_listing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     put(store, version(1))
-    monkeypatch.setattr(objects, "_SETTLED_NS", -1_000_000_000)  # as if the folder had rested
+    monkeypatch.setattr(folder_stamp, "_SETTLED_NS", -1_000_000_000)  # as if the folder had rested
     assert not store.has(bytes(32))
     listed: list[Path] = []
     real = Path.iterdir

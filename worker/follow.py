@@ -40,7 +40,15 @@ class Follower:
         self._offers: deque[PayloadRef] = deque(maxlen=LIMITS.control_entries)
         self._seen_asks: deque[str] = deque(maxlen=LIMITS.control_entries)
         self._away = False  # the server did not answer the last time
-        self._first = True  # requests that are older than this worker are not for it
+        # requests that are older than this worker are not for it
+        self._first, self._older = True, (0, 0)
+
+    def begin(self, stream: Stream) -> None:
+        """From now on requests are for this worker. Without this call: from the end of the first `read` on.
+
+        Raises: StreamError.
+        """
+        self._older, self._first = _control_id(stream.last_ids()[1]), False
 
     def read(self, stream: Stream, *, block_s: float) -> News:
         """Wait up to `block_s` for entries and judge them. Raises: StreamError."""
@@ -69,7 +77,7 @@ class Follower:
         if not reset_log and not reset_control:
             return News()
         if reset_control:
-            self._control = NOTHING[1]
+            self._control, self._older = NOTHING[1], (0, 0)
         if not reset_log:
             return News()
         self._log = NOTHING[0]
@@ -100,7 +108,7 @@ class Follower:
         for control_id, data in entries.control:
             self._control = control_id
             try:
-                self._control_entry(data, news)
+                self._control_entry(control_id, data, news)
             except ProtocolError as error:
                 news.refused.append(Failure(error.code, f"control entry {control_id}: {error.what}", None))
         self._first = False
@@ -126,7 +134,7 @@ class Follower:
             raise ReplayedRelease(f"{release.version!r} is not newer than the accepted {high.epoch}-{high.seq}")
         return release
 
-    def _control_entry(self, data: bytes, news: News) -> None:
+    def _control_entry(self, control_id: str, data: bytes, news: News) -> None:
         record = wire.unpack_any(open_envelope(data, self._trust).payload, (Offer, VerifyRequest))
         assert isinstance(record, Offer | VerifyRequest)
         if record.model != self.model:
@@ -137,7 +145,7 @@ class Follower:
             self._offers.append(record.payload)
         elif record.nonce not in self._seen_asks:
             self._seen_asks.append(record.nonce)
-            if not self._first:
+            if not self._first and _control_id(control_id) > self._older:
                 news.asks.append(record)
 
 

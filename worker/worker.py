@@ -118,6 +118,8 @@ class Worker:
             raise UsageError(f"worker {self.id} was {'stopped' if self._ended else 'started'} before")
         try:
             self._refuse_twin()
+            with suppress(StreamError):  # no server yet
+                self._follower.begin(self._stream)
         except BaseException:
             self.stop()
             raise
