@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 from model import Served
-from refleet.worker import TorchEngine, Worker
+from refleet.worker import TorchEngine
+from serving import serve
 
 
 def main() -> int:
@@ -24,19 +25,7 @@ def main() -> int:
     done = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: done.set())
     engine = TorchEngine(Served(options.layers, options.width))
-    with Worker(
-        options.url,
-        model=options.model,
-        engine=engine,
-        state_dir=Path(options.state),
-        worker_id=options.id,
-        keep=2,
-        on_event=lambda event: event.failure and print(event.text, file=sys.stderr, flush=True),
-    ) as worker:
-        while not done.wait(0.2):
-            if worker.crash:
-                return 1
-    return 0
+    return serve(done, options.url, options.model, engine, Path(options.state), options.id, keep=2)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from refleet.common import wire
 from refleet.common.messages import Ack, Evidence, Release, Serving, WorkerStatus
 from refleet.common.redis_stream import RedisStream
 from refleet.common.signing import open_envelope
-from refleet.worker import Worker
 from refleet.worker.memory_engine import MemoryEngine
+from serving import serve
 
 NONE = "none"
 
@@ -89,19 +89,7 @@ def main() -> int:
         for one in running:
             one.result()
         return 0
-    with Worker(
-        options.url,
-        model=options.model,
-        engine=MemoryEngine(),
-        state_dir=options.state,
-        worker_id="w0",
-        keep=1,
-        on_event=lambda event: event.failure and print(event.text, file=sys.stderr, flush=True),
-    ) as worker:
-        while not done.wait(0.2):
-            if worker.crash:
-                return 1
-    return 0
+    return serve(done, options.url, options.model, MemoryEngine(), options.state, "w0", keep=1)
 
 
 if __name__ == "__main__":

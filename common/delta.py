@@ -82,11 +82,6 @@ class Encoder:
         self._chunks: list[bytes] = []
         self._body_bytes = 0
 
-    @property
-    def body_bytes(self) -> int:
-        """Encoded bytes so far."""
-        return self._body_bytes
-
     def chunks(self) -> Iterator[memoryview]:
         """The body, cut every `chunk_bytes`; a chunk is valid for ever, nothing reuses its memory."""
         chunk, filled = bytearray(self._chunk_bytes), 0

@@ -4,15 +4,13 @@
 
     footer  56 bytes: size of the record (u64), BLAKE3 of the record, magic
 
-A file is named by the version that it leads to, becomes visible whole, and is never changed. It holds tensors like a
-pack does, only that reading them takes the tensors that they build on. Which file a digest is in is known from the
-records.
+A file becomes visible whole and is never changed. It holds tensors like a pack does, only that reading them takes the
+tensors that they build on. Which file a digest is in is known from the records.
 """
 
 from __future__ import annotations
 
 import os
-import secrets
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -24,7 +22,7 @@ from . import wire
 from .digest import digest_of
 from .errors import MalformedRecord, RefleetError, StoreError
 from .limits import LIMITS
-from .records import TempFile, locked
+from .records import TempFile
 from .types import DTYPE_BYTES, Block, DeltaTensor, Index, Manifest, require, require_digest
 
 if TYPE_CHECKING:
@@ -32,7 +30,6 @@ if TYPE_CHECKING:
 
 _FOOTER = struct.Struct("<Q32s16s")
 _MAGIC = b"refleet delta 1\n"
-_ORDER_WAIT_S = 60.0  # the lock is held for one rename
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +80,7 @@ class DeltaFile:
 
     def __init__(self, path: Path, record: StoredDelta):
         self.path, self.record = path, record
-        self.numbers = {tensor.digest: number for number, tensor in enumerate(record.tensors)}
+        self.digests = frozenset(tensor.digest for tensor in record.tensors)
         #: digests of the tensors that reading any tensor of this file takes
         self.bases = frozenset(tensor.base for tensor in record.tensors if tensor.base is not None)
 
@@ -153,11 +150,7 @@ class DeltaWriter:
         end = self._temp.write(data, at=self._end)
         self._temp.write(_FOOTER.pack(len(data), digest_of(data), _MAGIC), at=end)
         self._temp.sync("delta")
-        with locked(order_lock, wait_s=_ORDER_WAIT_S):
-            numbers = [int(path.name[:12], 16) for path in folder.glob("*.delta")]
-            target = folder / f"{max(numbers, default=0) + 1:012x}-{secrets.token_hex(8)}.delta"
-            self._temp.rename(target, "delta")
-        return DeltaFile(target, record)
+        return DeltaFile(self._temp.rename_as_newest(folder, "delta", order_lock=order_lock), record)
 
     def close(self) -> None:
         self._temp.close()

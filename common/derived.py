@@ -10,10 +10,9 @@ import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .deltas import DeltaFile, DeltaWriter, StoredDelta
-from .digest import digest_of
+from .digest import matching
 from .errors import DamagedTensor, LimitExceeded, MalformedRecord, StoreError
 from .folder_stamp import FolderStamp
 from .layout import Bytes, Placed, decode, placed
@@ -21,9 +20,6 @@ from .memory import Memory
 from .pack import HEAL
 from .records import remove
 from .threads import cores, in_order
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 #: the whole tensor of a digest, where the store holds one: DamagedTensor where not
 ReadWhole = Callable[[bytes], Bytes]
@@ -95,20 +91,21 @@ class Derived:
     def forget(self, digest: bytes) -> None:
         """Gives up `digest` in every file that is known now."""
         with self._guard:
-            self._forgotten.update((name, digest) for name, file in self._files.items() if digest in file.numbers)
+            self._forgotten.update((name, digest) for name, file in self._files.items() if digest in file.digests)
             self._where.pop(digest, None)
 
     # ------------------------------------------------------------------ writing
 
-    def writer(self) -> DeltaWriter:
-        """A file in the making, for `commit`."""
-        return DeltaWriter(self._temp)
+    def batch(self) -> DeltaBatch:
+        """A file in the making."""
+        return DeltaBatch(self, self._temp)
 
     def commit(self, writer: DeltaWriter, record: StoredDelta) -> None:
         """Its tensors are held from now on. Raises: StoreFull, StoreError, StoreBusy."""
         file = writer.finish(record, self.folder, order_lock=self._order_lock)
         with self._guard:
-            self._take(file)
+            self._files[file.name] = file
+            self._index()
 
     def retain(self, names: set[str]) -> int:
         """Removes all files but these; returns the bytes freed."""
@@ -147,15 +144,11 @@ class Derived:
             with suppress(OSError):
                 path.rename(path.with_name(f"{path.name}.damaged"))
 
-    def _take(self, file: DeltaFile) -> None:
-        self._files[file.name] = file
-        self._index()
-
     def _index(self) -> None:
         self._where = {}
         for name in sorted(self._files, reverse=True):
             file = self._files[name]
-            self._where.update((d, file) for d in file.numbers if (name, d) not in self._forgotten)
+            self._where.update((d, file) for d in file.digests if (name, d) not in self._forgotten)
 
     # ------------------------------------------------------------------ rebuilding
 
@@ -205,7 +198,7 @@ class Derived:
             return False
         return True
 
-    def _rebuilt(self, file: DeltaFile, between: dict[bytes, Bytes]) -> tuple[dict[bytes, Bytes], set[bytes]]:
+    def _rebuilt(self, file: DeltaFile, between: dict[bytes, Bytes]) -> tuple[dict[bytes, Bytes], frozenset[bytes]]:
         """(verified tensors, digests that could not be rebuilt) of one file, whose bases are at hand by now."""
         tensors = file.record.tensors
         bases: dict[int, Bytes] = {}
@@ -222,14 +215,13 @@ class Derived:
             with file.reading() as read:
                 bad |= self._decoded(file, read, bases, outs, bad)
         except FileNotFoundError:
-            return {}, {tensor.digest for tensor in tensors}
+            return {}, file.digests
 
-        def right(number: int) -> bool:
-            return number not in bad and digest_of(outs[number].data) == tensors[number].digest
-
-        sound = list(in_order(right, range(len(tensors)), threads=cores()))
-        found_all = {t.digest: out for t, out, good in zip(tensors, outs, sound, strict=True) if good}
-        return found_all, {t.digest for t in tensors} - found_all.keys()
+        sound = matching((out.data for out in outs), (tensor.digest for tensor in tensors))
+        found_all = {
+            tensor.digest: outs[number] for number, tensor in enumerate(tensors) if sound[number] and number not in bad
+        }
+        return found_all, file.digests - found_all.keys()
 
     def _base(self, digest: bytes, between: dict[bytes, Bytes]) -> Bytes | None:
         found = between.get(digest)
@@ -264,19 +256,13 @@ class Derived:
         return set().union(*in_order(task, places, threads=cores()))
 
 
-class DeltaBatch:
+class DeltaBatch(DeltaWriter):
     """A delta on its way into the store. Made by `Store.delta`."""
 
-    def __init__(self, derived: Derived):
-        self._derived, self._writer = derived, derived.writer()
-
-    def write(self, data: Buffer) -> None:
-        """The next bytes of the body. Raises: StoreFull, StoreError."""
-        self._writer.write(data)
+    def __init__(self, derived: Derived, temp: Path):
+        super().__init__(temp)
+        self._derived = derived
 
     def commit(self, record: StoredDelta) -> None:
         """Durable, and its tensors held, when this returns. Raises: StoreFull, StoreError, StoreBusy."""
-        self._derived.commit(self._writer, record)
-
-    def close(self) -> None:
-        self._writer.close()
+        self._derived.commit(self, record)

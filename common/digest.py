@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
+from .threads import cores, in_order
+
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
@@ -20,6 +22,12 @@ def digest_of(*parts: Buffer) -> bytes:
     for part in parts:
         hasher.update(part)
     return hasher.digest()
+
+
+def matching(tensors: Iterable[Buffer], digests: Iterable[bytes]) -> list[bool]:
+    """Which of the tensors have their digest, hashed in threads."""
+    pairs = zip(tensors, digests, strict=True)
+    return list(in_order(lambda pair: digest_of(pair[0]) == pair[1], pairs, threads=cores()))
 
 
 def digest_blocks(blocks: Iterable[Buffer]) -> bytes:

@@ -92,8 +92,3 @@ def use(name: str) -> str:
 def changed(new: Data, base: Data) -> bool:
     """Whether two buffers differ in any bit or in size; ends at the first difference. Floats compare as bits."""
     return _active.first_difference(new, base) >= 0
-
-
-def first_difference(new: Data, base: Data) -> int:
-    """Index of the first byte that differs or that only one of two flat buffers has; -1: none."""
-    return _active.first_difference(new, base)

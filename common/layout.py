@@ -114,8 +114,9 @@ def decode(place: Placed, encoded: Buffer, *, dtype: str, base: Tensors | None, 
 
     Raises: MalformedRecord, LimitExceeded; the block's bytes in `out` are undefined then.
     """
-    needs_base = base is not None and codec.needs_base(place.block.codec)
-    before = gathered(place.spans, base, which=0) if base is not None and needs_base else None
+    before = None
+    if base is not None and codec.needs_base(place.block.codec):
+        before = gathered(place.spans, base, which=0)
     if len(place.spans) == 1:
         codec.decode_block(place.block.codec, encoded, place.spans[0].of(out), before, dtype=dtype)
         return

@@ -65,7 +65,7 @@ class Manifests:
         whole: set[bytes] = set()
         for fingerprint in self.held():
             with suppress(UnknownVersion):  # damaged; put aside now, if it was not before
-                live |= digests(self.get(fingerprint))
+                live |= stored_digests(self.get(fingerprint))
                 whole.add(fingerprint)
         aside = {bytes.fromhex(path.stem) for path in self.folder.glob("*.damaged")}
         return live, ((aside | set(self.held())) & kept) - whole
@@ -88,6 +88,6 @@ class Manifests:
             return 0.0
 
 
-def digests(manifest: Manifest) -> set[bytes]:
+def stored_digests(manifest: Manifest) -> set[bytes]:
     """What a store has to hold for it: zero-size tensors are never stored."""
     return {entry.digest for entry in manifest.tensors if entry.spec.size_bytes}

@@ -7,8 +7,6 @@ may have added packs, or compacted some away.
 
 from __future__ import annotations
 
-import re
-import secrets
 import threading
 from collections.abc import Iterable, Iterator, KeysView
 from contextlib import contextmanager, suppress
@@ -19,17 +17,13 @@ from .digest import digest_of
 from .errors import DamagedTensor, MalformedRecord, StoreError
 from .folder_stamp import FolderStamp
 from .pack import HEAL, PACK_BYTES, Pack, PackWriter
-from .records import locked, remove
+from .records import remove
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 #: every zero-size tensor has this digest; such tensors are never stored and never missing
 EMPTY = digest_of(b"")
-_ORDER_WAIT_S = 60.0  # the lock is held for one rename
-# A growing number orders packs by age. The random part keeps a name from ever being used twice: somebody else may still
-# know a removed pack by it.
-_NUMBER = re.compile(r"([0-9a-f]{12})-[0-9a-f]{16}\.pack")
 
 
 class Objects:
@@ -105,11 +99,7 @@ class Objects:
 
     def commit(self, writer: PackWriter) -> None:
         """Makes the writer's objects visible, as the newest pack. Raises: StoreFull, StoreError, StoreBusy."""
-        temp = writer.finish()
-        with locked(self._order_lock, wait_s=_ORDER_WAIT_S):
-            numbers = [int(found[1], 16) for path in self.folder.iterdir() if (found := _NUMBER.match(path.name))]
-            target = self.folder / f"{max(numbers, default=0) + 1:012x}-{secrets.token_hex(8)}.pack"
-            temp.rename(target, "pack")
+        target = writer.finish().rename_as_newest(self.folder, "pack", order_lock=self._order_lock)
         with self._guard:
             if target.name not in self._packs:  # else another thread's look at the folder was faster
                 self._take(Pack(target, writer.objects, file_bytes=writer.file_bytes))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import secrets
 import sys
 import time
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _DIGEST_BYTES = 32
 _POLL_S = 0.01  # flock has no timeout of its own
+_ORDER_WAIT_S = 60.0  # the lock is held for one rename
 _HOLDER_BYTES = 200
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NOT_ALLOWED = {errno.EROFS, errno.EACCES, errno.EPERM}
@@ -112,6 +114,19 @@ class TempFile:
             crash_point(f"store.{kind}-renamed")
             if sync:
                 sync_folder(target.parent)
+
+    def rename_as_newest(self, folder: Path, kind: str, *, order_lock: Path) -> Path:
+        """The file is visible in `folder` under a name that sorts behind all others of its kind; returns its path.
+
+        A growing number orders files by age. The random part keeps a name from ever being used twice: somebody else may
+        still know a removed file by it. Raises: StoreFull, StoreError, StoreBusy.
+        """
+        numbered = re.compile(rf"([0-9a-f]{{12}})-[0-9a-f]{{16}}\.{kind}")
+        with locked(order_lock, wait_s=_ORDER_WAIT_S):
+            numbers = [int(found[1], 16) for path in folder.iterdir() if (found := numbered.match(path.name))]
+            target = folder / f"{max(numbers, default=0) + 1:012x}-{secrets.token_hex(8)}.{kind}"
+            self.rename(target, kind)
+        return target
 
     def close(self) -> None:
         """Closes the file, and removes it where it was not renamed."""

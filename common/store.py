@@ -29,7 +29,7 @@ from .crashpoint import crash_point
 from .derived import DeltaBatch, Derived
 from .errors import DamagedTensor, MalformedRecord
 from .layout import Bytes
-from .manifests import Manifests, digests
+from .manifests import Manifests, stored_digests
 from .memory import Memory
 from .objects import Batch, Objects
 from .pack import PACK_BYTES
@@ -155,7 +155,7 @@ class Store:
         Without `commit` nothing of it stays.
         """
         with self.writing():
-            batch = DeltaBatch(self._derived)
+            batch = self._derived.batch()
             try:
                 yield batch
             finally:
@@ -166,7 +166,7 @@ class Store:
 
         Raises: DamagedTensor, StoreFull, StoreError.
         """
-        derived = self._objects.lacking(digests(manifest))
+        derived = self._objects.lacking(stored_digests(manifest))
         if self._derived.depth(derived) < every:
             return 0
         written = 0
@@ -206,7 +206,7 @@ class Store:
 
     def missing(self, manifest: Manifest) -> list[TensorEntry]:
         """The entries whose tensors are not held, in the manifest's order; never zero-size ones."""
-        lacking = self._lacking(digests(manifest))
+        lacking = self._lacking(stored_digests(manifest))
         return [entry for entry in manifest.tensors if entry.digest in lacking and entry.spec.size_bytes]
 
     # records

@@ -25,7 +25,7 @@ from .book import Book, PublisherState, Version, now_ms, released
 from .broadcast import broadcast, send_whole
 from .checkpoint import open_checkpoint
 from .claim import LEASE_S, LOCK_S, Claim
-from .fleet import fleet
+from .fleet import Fleet, fleet
 from .ingest import OnBytes, silent
 from .payloads import Payloads
 from .published import Published
@@ -121,7 +121,7 @@ class Publisher:
                 if not self._is_current(head, name, manifest):
                     source, known = checkpoint.source, self._is_released(name)
                     self.book.save_version(Version(name, manifest.fingerprint, known, now_ms(), message, source))
-                return self._wanted(manifest, base)
+                return wanted(fleet(self.stream), manifest, base)
 
             self._payloads.clean(fleet(self.stream))
             if base is None:
@@ -211,16 +211,11 @@ class Publisher:
                 next="choose another --version; a version id never changes its meaning",
             )
 
-    def _wanted(self, manifest: Manifest, base: Manifest | None) -> bool:
-        """Whether anybody may lack it: no worker may be here yet."""
-        now = fleet(self.stream)
-        unchanged = base is not None and base.fingerprint == manifest.fingerprint
-        return not unchanged and not (now.live and all(worker.holds(manifest.fingerprint) for worker in now.live))
-
     def _payload(self, manifest: Manifest, base: Manifest | None, on_progress: OnBytes) -> PayloadRef | None:
         """Write what live workers lack of `manifest`, out of the store; None when all of them hold it."""
-        self._payloads.clean(fleet(self.stream))
-        if not self._wanted(manifest, base):
+        now = fleet(self.stream)
+        self._payloads.clean(now)
+        if not wanted(now, manifest, base):
             return None
         return self._payloads.send(manifest, base, on_progress=lambda done, total: on_progress("send", done, total))
 
@@ -257,22 +252,15 @@ class Publisher:
                     self.book.save_version(version)
                 raise
         crash_point("publisher.announced")
+        with suppress(DamagedTensor):  # it is found again, and healed, by whoever needs it
+            self.store.anchor(manifest)  # now and then, so that no version takes many deltas to rebuild
         self._collect(self.keep)
         return Published(release, self.stream)
 
     def _collect(self, keep: int) -> tuple[dict[str, str], Collected]:
         reasons = reasons_to_keep(self.book.releases(), fleet(self.stream), self.book.payloads(), keep=keep)
         kept_ids = {v.version: reasons[v.fingerprint] for v in self.book.versions() if v.fingerprint in reasons}
-        self._anchor()
         return kept_ids, self.store.collect(reasons)
-
-    def _anchor(self) -> None:
-        """Now and then the target is written whole, so that no version takes many deltas to rebuild."""
-        head = self.book.head()
-        manifest = self._manifest(head)
-        if manifest is not None:
-            with suppress(DamagedTensor):  # it is found again, and healed, by whoever needs it
-                self.store.anchor(manifest)
 
     def _free_id(self) -> str:
         taken = {v.version for v in self.book.versions()}
@@ -300,3 +288,9 @@ class Publisher:
     def _serving(self) -> str:
         head = self.book.head()
         return f"the fleet's target is still {head.version}" if head else "nothing was published yet"
+
+
+def wanted(now: Fleet, manifest: Manifest, base: Manifest | None) -> bool:
+    """Whether anybody may lack `manifest`: no worker may be here yet."""
+    unchanged = base is not None and base.fingerprint == manifest.fingerprint
+    return not unchanged and not (now.live and all(worker.holds(manifest.fingerprint) for worker in now.live))

@@ -143,24 +143,24 @@ class Pursuit:
 
     def _advance(self, goal: Goal) -> None:
         clock = Clock()
-        staged, received = self._stage(goal, clock)
-        if staged is None:
+        manifest, received = self._stage(goal, clock)
+        if manifest is None:
             return
-        verify(staged, holds=self._base(goal), clock=clock)
-        self._ack(goal.serving, Evidence.STAGED, received=received, timings=clock.timings_ms)
-        crash_point("worker.staged")
-        self._switch(goal, staged, received, clock)
+        staged = Staged(self._store, goal.serving, manifest, goal.restructure)
+        with self._store.memory.pinned(manifest.digests):  # besides what the engine holds
+            verify(staged, holds=self._base(goal), clock=clock)
+            self._ack(goal.serving, Evidence.STAGED, received=received, timings=clock.timings_ms)
+            crash_point("worker.staged")
+            self._switch(goal, staged, received, clock)
 
-    def _stage(self, goal: Goal, clock: Clock) -> tuple[Staged | None, int]:
-        """The goal in the store, and the payload bytes that took; None while its bytes have to be asked for."""
+    def _stage(self, goal: Goal, clock: Clock) -> tuple[Manifest | None, int]:
+        """The manifest once the goal is in the store, and the payload bytes that took; None while bytes are missing."""
         target = goal.serving.fingerprint
         holdings = self._holdings()
-        held, memory = self._holds.digests if self._holds else frozenset(), self._store.memory
         if holdings.complete(self._store, target):
             manifest = self._store.manifest(target)
-            memory.pin(held | manifest.digests)
             self._engine.check(manifest, restructure=goal.restructure)
-            return Staged(self._store, goal.serving, manifest, goal.restructure), 0
+            return manifest, 0
         announced = [goal.payload] if goal.payload else []
         ref = choose(announced + self._follower.offers(target), holdings, refused=self._refused)
         if ref is None:
@@ -171,8 +171,7 @@ class Pursuit:
             RECEIVING, f"receiving {goal.serving.version}", target=goal.serving, evidence=Evidence.NONE,
             expected_bytes=ref.size_bytes,
         )  # fmt: skip
-        memory.pin(held)
-        memory.trim()  # the version before this one: its buffers take the next
+        self._store.memory.trim()  # the version before this one: its buffers take the next
         try:
             with clock.phase("stage"):
                 manifest = stage(
@@ -189,9 +188,8 @@ class Pursuit:
         except BAD_PAYLOAD as error:
             self._refuse(goal, ref, error)
             return None, 0
-        memory.pin(held | manifest.digests)
         self._show_holdings()
-        return Staged(self._store, goal.serving, manifest, goal.restructure), self._board.status.received_bytes
+        return manifest, self._board.status.received_bytes
 
     def _refuse(self, goal: Goal, ref: PayloadRef, error: RefleetError) -> None:
         """A payload that proved bad: another one will do. After some of them the release counts as failed for now."""
@@ -226,6 +224,7 @@ class Pursuit:
                 self._holds = None
             raise
         self._holds, self._state, self._remnant = staged.manifest, state, False
+        self._store.memory.pin(staged.manifest.digests)
         self._refused, self._bad_payloads, self._want = [], 0, None
         crash_point("worker.switched")
         self._collect()

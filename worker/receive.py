@@ -104,10 +104,9 @@ class Body:
         self._stream, self._ref, self._index, self._numbers = stream, ref, index, numbers
         self._on_chunk = on_chunk
         # received into memory that is used again: chunks on their way, the one being read, and the next one
-        sizes = (_AHEAD + 2) * [min(index.chunk_bytes, max(index.body_bytes, 1))]
         self._free: queue.Queue[memoryview] = queue.Queue()
-        for size in sizes:
-            self._free.put(np.empty(size, np.uint8).data)
+        for _ in range(_AHEAD + 2):
+            self._free.put(np.empty(min(index.chunk_bytes, index.body_bytes), np.uint8).data)
         self._ready: queue.Queue[tuple[int, memoryview, int] | Exception] = queue.Queue()
         self._stop = threading.Event()
         self._number, self._current, self._size = -1, memoryview(b""), 0
@@ -122,7 +121,7 @@ class Body:
         self._free.put(memoryview(b""))  # wakes the thread
         self._thread.join()
 
-    def read(self, offset: int, size: int) -> bytes:
+    def read(self, offset: int, size: int) -> bytearray:
         """Bytes [offset, offset + size) of the body, in memory of the caller's own. Raises: what fetching raised."""
         out = bytearray(size)
         number, start = divmod(offset, self._index.chunk_bytes)
@@ -132,7 +131,7 @@ class Body:
             take = min(size - filled, len(chunk) - start)
             out[filled : filled + take] = chunk[start : start + take]
             filled, number, start = filled + take, number + 1, 0
-        return out  # type: ignore[return-value]
+        return out
 
     def finish(self) -> None:
         """Wait until every chunk was fetched. Raises: what fetching raised."""

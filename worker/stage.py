@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from ..common.crashpoint import crash_point
 from ..common.delta import as_bytes, target_manifest
 from ..common.deltas import StoredDelta
-from ..common.digest import digest_of
+from ..common.digest import matching
 from ..common.errors import DamagedTensor, DigestMismatch, StreamGap
 from ..common.layout import Bytes, Placed, chunks_of, decode, in_body_order, placed
 from ..common.store import Store
@@ -23,6 +23,9 @@ from ..common.threads import cores, in_order
 from ..common.types import DeltaTensor, Manifest, PayloadRef
 from .receive import Body, fetch_index
 from .state import damaged
+
+#: a block, and its encoded bytes
+Encoded = tuple[Placed, bytearray]
 
 
 def stage(
@@ -49,11 +52,12 @@ def stage(
     check(manifest)
     wanted = {entry.digest for entry in store.missing(manifest)}
     order = in_body_order(index.tensors)
-    lost = wanted - {tensor.digest for tensor in order}
+    carried = {tensor.digest for tensor in order}
+    lost = wanted - carried
     if lost:
         raise StreamGap(f"payload {ref.payload_id} does not carry {len(lost)} tensors that are missing here")
     places = list(placed((tensor.spec.size_bytes for tensor in order), index.blocks))
-    whole = base is None or not order or wanted != {tensor.digest for tensor in order}
+    whole = base is None or not order or wanted != carried
     needed = [p for p in places if not whole or any(order[span.number].digest in wanted for span in p.spans)]
     numbers = chunks_of(needed, index.chunk_bytes)
     expected = sum(min(index.chunk_bytes, index.body_bytes - n * index.chunk_bytes) for n in numbers) + ref.index_bytes
@@ -83,7 +87,8 @@ def stage(
             found = _rebuild(store, order, needed, bases, body)
             body.finish()
         on_received()
-        bases.verify(_wrong(order, found))
+        right = matching((data.data for data in found), (tensor.digest for tensor in order))
+        bases.verify([tensor for tensor, good in zip(order, right, strict=True) if not good])
         delta.commit(StoredDelta.of(index, order, base))
         store.memory.put({tensor.digest: data for tensor, data in zip(order, found, strict=True)})
         store.put_manifest(manifest)
@@ -141,7 +146,7 @@ def _store_whole(
     def out(number: int) -> Bytes:
         return outs[number]
 
-    def tasks() -> Iterator[tuple[Placed, bytes]]:
+    def tasks() -> Iterator[Encoded]:
         for place, encoded in _tasks(order, places, bases, body):
             for span in place.spans:
                 if span.number not in outs:
@@ -162,10 +167,8 @@ def _store_whole(
                         bases.verify([tensor])
 
 
-def _decoder(
-    order: list[DeltaTensor], bases: _Bases, out: Callable[[int], Bytes]
-) -> Callable[[tuple[Placed, bytes]], Placed]:
-    def run(task: tuple[Placed, bytes]) -> Placed:
+def _decoder(order: list[DeltaTensor], bases: _Bases, out: Callable[[int], Bytes]) -> Callable[[Encoded], Placed]:
+    def run(task: Encoded) -> Placed:
         place, encoded = task
         tensor = order[place.spans[0].number]
         decode(place, encoded, dtype=tensor.spec.dtype, base=bases if tensor.based else None, out=out)
@@ -174,18 +177,10 @@ def _decoder(
     return run
 
 
-def _tasks(order: list[DeltaTensor], places: list[Placed], bases: _Bases, body: Body) -> Iterator[tuple[Placed, bytes]]:
+def _tasks(order: list[DeltaTensor], places: list[Placed], bases: _Bases, body: Body) -> Iterator[Encoded]:
     for place in places:
         for span in place.spans:
             tensor = order[span.number]
             if tensor.based:
                 bases(span.number)  # here, in one thread: the decoders only look it up
         yield place, body.read(place.offset, place.block.encoded_bytes)
-
-
-def _wrong(order: list[DeltaTensor], found: list[Bytes]) -> list[DeltaTensor]:
-    """Those whose bytes do not have their digest."""
-    right = in_order(
-        lambda pair: digest_of(pair[1].data) == pair[0].digest, zip(order, found, strict=True), threads=cores()
-    )
-    return [tensor for tensor, good in zip(order, right, strict=True) if not good]
