@@ -242,5 +242,7 @@ def test_damaged_streams_touch_no_memory_but_their_own(tmp_path: Path, request: 
         pytest.skip("no AddressSanitizer library")
     assert built.returncode == 0, built.stderr
     inputs = os.environ.get("REFLEET_FUZZ_INPUTS", "20000")
-    ran = subprocess.run([str(program), inputs], capture_output=True, text=True, timeout=110)
+    # gcc 13 lays frames that need 64 bytes of alignment (AVX-512) at 32 when it looks for use after return
+    options = {**os.environ, "ASAN_OPTIONS": "detect_stack_use_after_return=0"}
+    ran = subprocess.run([str(program), inputs], capture_output=True, text=True, timeout=110, env=options)
     assert ran.returncode == 0, ran.stderr[-3000:]
