@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .digest import digest_of
+from .digest import tensor_digest
 from .errors import DamagedTensor, MalformedRecord, StoreError
 from .folder_stamp import FolderStamp
 from .pack import HEAL, PACK_BYTES, Pack, PackWriter
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 #: every zero-size tensor has this digest; such tensors are never stored and never missing
-EMPTY = digest_of(b"")
+EMPTY = tensor_digest()
 
 
 class Objects:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ..common.crashpoint import crash_point
 from ..common.delta import Input, as_bytes
-from ..common.digest import digest_of
+from ..common.digest import tensor_digest
 from ..common.errors import DamagedTensor
 from ..common.kernels import changed
 from ..common.layout import Bytes
@@ -53,7 +53,7 @@ class Comparison:
             before = self._before.get(spec.name)
             old = self._base(before.digest) if before and self._based(spec) else None
             unchanged = before if old is not None and not changed(new, old) else None
-            entry = self._entries[spec.name] = unchanged or TensorEntry(spec, digest_of(new.data))
+            entry = self._entries[spec.name] = unchanged or TensorEntry(spec, tensor_digest(new.data))
             if self._keep:
                 self.held[entry.digest] = new
             if entry != before:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..common.crashpoint import crash_point
-from ..common.digest import digest_blocks
+from ..common.digest import tensor_digest_of
 from ..common.errors import CheckpointChanged, DamagedTensor, DigestMismatch
 from ..common.store import Store
 from ..common.types import Manifest, TensorEntry
@@ -25,7 +25,7 @@ def hashed(checkpoint: Checkpoint, *, on_progress: OnBytes = silent) -> Manifest
     done = 0
     entries = []
     for name, spec in checkpoint.specs.items():
-        entries.append(TensorEntry(spec, digest_blocks(checkpoint.blocks(name))))
+        entries.append(TensorEntry(spec, tensor_digest_of(checkpoint.blocks(name))))
         done += spec.size_bytes
         on_progress("hash", done, total)
     checkpoint.confirm()

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from refleet.common.digest import digest_of
+from refleet.common.digest import tensor_digest
 from refleet.common.messages import Serving
 from refleet.common.types import Manifest, TensorEntry, TensorSpec
 from refleet.worker.engine import Engine
@@ -92,7 +92,7 @@ class Staged:
 
 def version(tensors: Mapping[str, bytes], specs: Iterable[TensorSpec], *, name: str = "v1", seq: int = 1) -> Staged:
     specs = list(specs)
-    manifest = Manifest.of(TensorEntry(spec, digest_of(tensors[spec.name])) for spec in specs)
+    manifest = Manifest.of(TensorEntry(spec, tensor_digest(tensors[spec.name])) for spec in specs)
     return Staged(Serving(name, 1, seq, manifest.fingerprint), manifest, dict(tensors))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from refleet.common.digest import digest_of
+from refleet.common.digest import tensor_digest
 from refleet.common.store import Collected, Store
 from refleet.common.types import Manifest, TensorEntry, TensorSpec
 
@@ -36,7 +36,7 @@ def version(number: int) -> Tensors:
 
 def manifest_of(tensors: Tensors) -> Manifest:
     return Manifest.of(
-        TensorEntry(TensorSpec(name, "U8", (len(data),)), digest_of(data)) for name, data in tensors.items()
+        TensorEntry(TensorSpec(name, "U8", (len(data),)), tensor_digest(data)) for name, data in tensors.items()
     )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from refleet.common.digest import digest_blocks
+from refleet.common.digest import tensor_digest_of
 from refleet.common.errors import LimitExceeded, UnreadableCheckpoint
 from refleet.common.limits import LIMITS
 from refleet.common.tensors import dtype_text, tensor_bytes, tensor_from, torch_dtype
@@ -266,18 +266,18 @@ def test_reading_a_file_needs_no_torch_and_a_few_blocks_of_memory(tmp_path: Path
         file.truncate(8 + len(header) + size_bytes)  # sparse: zeros that take no disk
     code = f"""
 import sys
-from refleet.common.digest import digest_blocks
+from refleet.common.digest import tensor_digest_of
 from refleet.publisher.checkpoint import open_checkpoint
 # VmHWM, not ru_maxrss: that one starts with the peak of the process that started us
 peak_kib = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 before = peak_kib()
 with open_checkpoint({str(tmp_path / "m.safetensors")!r}) as checkpoint:
-    digest = digest_blocks(checkpoint.blocks("w"))
+    digest = tensor_digest_of(checkpoint.blocks("w"))
     checkpoint.confirm()
 print(peak_kib() - before, digest.hex(), "torch" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60)
     grown_kib, digest, torch_imported = done.stdout.split()
-    assert digest == digest_blocks(itertools.repeat(bytes(1 << 20), 192)).hex()
+    assert digest == tensor_digest_of(itertools.repeat(bytes(1 << 20), 192)).hex()
     assert int(grown_kib) <= 3 * LIMITS.block_bytes >> 10
     assert torch_imported == "False"

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from refleet.common.delta import Encoder, Input, plan
 from refleet.common.deltas import DeltaFile, StoredDelta
-from refleet.common.digest import digest_of
+from refleet.common.digest import tensor_digest
 from refleet.common.errors import DamagedTensor, MalformedRecord
 from refleet.common.layout import in_body_order
 from refleet.common.memory import POOLED_BYTES, Memory
@@ -38,7 +38,7 @@ def stepped(tensors: Tensors, seed: int, *, only: tuple[str, ...] = ("embed", "n
 
 def manifest_of(tensors: Tensors) -> Manifest:
     return Manifest.of(
-        TensorEntry(TensorSpec(name, "F16", tensor.shape), digest_of(tensor.tobytes()))
+        TensorEntry(TensorSpec(name, "F16", tensor.shape), tensor_digest(tensor.tobytes()))
         for name, tensor in tensors.items()
     )
 

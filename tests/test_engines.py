@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from engine_cases import SPECS, Case, Staged, one_changed, with_spec, without, zoo_version
-from refleet.common.digest import digest_of
+from refleet.common.digest import tensor_digest
 from refleet.common.errors import ApplyError, DigestMismatch, NotRefittable, RefitFailed
 from refleet.worker.memory_engine import MemoryEngine
 
@@ -126,10 +126,10 @@ def test_reading_back_a_tensor_that_the_engine_lacks_names_it(case: Case) -> Non
     assert caught.value.tensor == "no.such"
 
 
-def test_empty_tensors_read_back_as_the_digest_of_nothing(case: Case) -> None:
+def test_empty_tensors_read_back_as_the_tensor_digest_nothing(case: Case) -> None:
     staged = zoo_version(1)
     case.engine.apply(staged, staged.names)
-    assert case.read_back(frozenset({"empty"})) == {"empty": digest_of(b"")}
+    assert case.read_back(frozenset({"empty"})) == {"empty": tensor_digest()}
 
 
 def test_the_probe_is_the_same_for_the_same_weights_and_another_for_others(case: Case) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from refleet.common.digest import digest_of
+from refleet.common.digest import digest_of, tensor_digest
 from refleet.common.errors import DamagedTensor, DigestMismatch, MalformedRecord, UnknownVersion
 from refleet.common.store import Store
 from stored import KIB, MIB, Tensors, content, manifest_of, noise, packs, put, temp_files, version
@@ -47,7 +47,7 @@ def test_a_digest_is_that_of_all_blocks_together(store: Store) -> None:
     data = noise("x", 3 * MIB)
     with store.batch() as batch:
         digest = batch.add(memoryview(data)[at : at + MIB] for at in range(0, len(data), MIB))
-    assert digest == digest_of(data)
+    assert digest == tensor_digest(data)
     assert store.read(digest, verify=True) == data
 
 
@@ -74,8 +74,8 @@ def test_a_tensor_is_stored_once(store: Store) -> None:
     size_bytes = store.size_bytes
     with store.batch() as batch:
         for data in (small, large):
-            assert batch.add((data,)) == digest_of(data)
-            assert batch.add((data,), expect=digest_of(data)) == digest_of(data)
+            assert batch.add((data,)) == tensor_digest(data)
+            assert batch.add((data,), expect=tensor_digest(data)) == tensor_digest(data)
     assert store.size_bytes == size_bytes and len(packs(store)) == 1
 
 
@@ -94,13 +94,13 @@ def test_bytes_other_than_expected_are_refused_and_the_batch_goes_on(store: Stor
         add(store, right)
     with store.batch() as batch:
         batch.add((other,))
-        with pytest.raises(DigestMismatch, match=digest_of(right).hex()):
-            batch.add((wrong,), expect=digest_of(right))
-        batch.add((right,), expect=digest_of(right))
+        with pytest.raises(DigestMismatch, match=tensor_digest(right).hex()):
+            batch.add((wrong,), expect=tensor_digest(right))
+        batch.add((right,), expect=tensor_digest(right))
     again = reopened(store)
-    assert not again.has(digest_of(wrong))
+    assert not again.has(tensor_digest(wrong))
     for data in (right, other):
-        assert again.read(digest_of(data), verify=True) == data
+        assert again.read(tensor_digest(data), verify=True) == data
 
 
 @pytest.mark.parametrize("size", [100, 700 * KIB, 3 * MIB])
@@ -148,7 +148,7 @@ def test_a_long_batch_commits_on_the_way(tmp_path: Path) -> None:
 
 def test_zero_size_tensors_need_no_object(store: Store) -> None:
     manifest = manifest_of({"a": b"", "b": b"x"})
-    empty = digest_of(b"")
+    empty = tensor_digest(b"")
     assert [entry.spec.name for entry in store.missing(manifest)] == ["b"]
     assert store.has(empty) and bytes(store.read(empty, verify=True)) == b""
     assert add(store, b"") == [empty] and packs(store) == []
@@ -175,7 +175,7 @@ def test_views_outlive_the_store(store: Store) -> None:
 
 
 def test_a_digest_that_nobody_added_is_missing_by_name(store: Store) -> None:
-    digest = digest_of(b"never")
+    digest = tensor_digest(b"never")
     assert not store.has(digest)
     with pytest.raises(DamagedTensor, match=digest.hex()) as caught:
         store.read(digest, verify=False)

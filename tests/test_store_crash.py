@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from refleet.common.digest import digest_of
+from refleet.common.digest import tensor_digest
 from refleet.common.store import Store
 from stored import KIB, collect, content, flip_tensor, manifest_of, packs, put, run, temp_files, version
 
@@ -25,7 +25,7 @@ store.collect([manifest_of(version(2)).fingerprint])
 """
 HEAL_AND_DIE = """
 store = Store(sys.argv[1]); arm(sys.argv[2])
-store.forget(digest_of(version(1)["layer.0"]))
+store.forget(tensor_digest(version(1)["layer.0"]))
 put(store, version(1))
 """
 
@@ -51,8 +51,8 @@ def test_killed_while_a_version_is_put_in(tmp_path: Path, point: str, pack_bytes
     if second.fingerprint in store.manifests():
         assert content(store, second) == version(2)
     for name, data in version(2).items():  # what is visible of it is whole
-        if store.has(digest_of(data)):
-            assert store.read(digest_of(data), verify=True) == data, name
+        if store.has(tensor_digest(data)):
+            assert store.read(tensor_digest(data), verify=True) == data, name
     assert content(store, first) == version(1)
     put(store, version(2))
     assert content(store, second) == version(2)
@@ -88,7 +88,7 @@ def test_killed_while_a_damaged_tensor_is_healed(tmp_path: Path, point: str) -> 
     check_no_traces(store)
     assert store.manifest(held.fingerprint) == held
     if len(packs(store)) == 1:
-        store.forget(digest_of(version(1)["layer.0"]))
+        store.forget(tensor_digest(version(1)["layer.0"]))
         put(store, version(1))
     assert content(store, held) == version(1)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from refleet.common.digest import digest_of
+from refleet.common.digest import tensor_digest
 from refleet.common.errors import DamagedTensor, MalformedRecord, UnknownVersion
 from refleet.common.store import Store
 from refleet.common.types import Manifest
@@ -15,7 +15,7 @@ from stored import KIB, MIB, collect, content, flip, flip_tensor, manifest_of, n
 
 NAME = "layer.0"
 DATA = version(1)[NAME]
-DIGEST = digest_of(DATA)
+DIGEST = tensor_digest(DATA)
 
 
 @pytest.fixture
@@ -48,16 +48,16 @@ def test_one_flipped_byte_is_named_and_the_rest_stays_good(store: Store, held: M
     for each in (store, Store(store.root)):
         assert_damaged(each, verify=True, how="no longer match")
         for name, data in version(1).items():
-            assert name == NAME or each.read(digest_of(data), verify=True) == data
+            assert name == NAME or each.read(tensor_digest(data), verify=True) == data
 
 
 def new_packs_come_and_go(store: Store, held: Manifest) -> None:
     """Another process adds and removes packs, and `store` looks at both."""
     other = Store(store.root)
     put(other, {"dead": noise("dead", KIB)})
-    assert store.has(digest_of(noise("dead", KIB)))
+    assert store.has(tensor_digest(noise("dead", KIB)))
     collect(other, held)
-    assert not store.has(bytes(32)) and not store.has(digest_of(noise("dead", KIB)))
+    assert not store.has(bytes(32)) and not store.has(tensor_digest(noise("dead", KIB)))
 
 
 def test_a_forgotten_tensor_is_missing_until_it_is_added_again(store: Store, held: Manifest) -> None:
@@ -103,8 +103,8 @@ def test_a_tensor_forgotten_here_and_healed_elsewhere_is_held_again(store: Store
 
 CUT_WHILE_READING = """
 store = Store(sys.argv[1])
-digest = digest_of(version(1)["layer.0"])
-first = digest_of(version(1)["embed"])
+digest = tensor_digest(version(1)["layer.0"])
+first = tensor_digest(version(1)["embed"])
 if sys.argv[2] == "mapped":
     store.read(digest, verify=True)
 (pack,) = packs(store)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from refleet.common.digest import digest_of
+from refleet.common.digest import tensor_digest
 from refleet.common.errors import StoreFull
 from refleet.common.store import Store
 from stored import KIB, MIB, collect, content, noise, packs, put, run, temp_files, version
@@ -93,7 +93,7 @@ def test_what_is_held_needs_no_room_and_a_lock_neither(disk: Path) -> None:
     fill(disk, leave_bytes=0)
     with store.lock("publish"), store.batch() as batch:
         for data in version(1).values():
-            batch.add((data,), expect=digest_of(data))
+            batch.add((data,), expect=tensor_digest(data))
     assert content(store, held) == version(1)
 
 
@@ -151,4 +151,4 @@ def test_a_file_beyond_the_limit_of_the_process_is_a_full_store(tmp_path: Path) 
     code, output = run(LIMITED, tmp_path)
     assert code == 0
     assert output == "the disk has no room for the store: File too large\n[] 1\nTrue\n"
-    assert not Store(tmp_path).has(digest_of(version(2)["layer.1"]))
+    assert not Store(tmp_path).has(tensor_digest(version(2)["layer.1"]))

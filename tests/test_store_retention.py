@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from refleet.common.digest import digest_of
+from refleet.common.digest import tensor_digest
 from refleet.common.store import Store
 from stored import KIB, MIB, collect, content, manifest_of, noise, packs, put, version
 
@@ -25,7 +25,7 @@ def test_versions_kept_stay_whole_and_the_others_go(store: Store) -> None:
     assert set(store.manifests()) == {manifests[n].fingerprint for n in (3, 5)}
     for each in (store, Store(store.root)):
         assert content(each, manifests[3]) == version(3) and content(each, manifests[5]) == version(5)
-        assert not each.has(digest_of(version(4)["scale"]))
+        assert not each.has(tensor_digest(version(4)["scale"]))
     assert store.size_bytes < 1.05 * sum(len(d) for d in {*version(3).values(), *version(5).values()})
 
 
@@ -93,7 +93,7 @@ def test_remains_of_many_packs_become_few_bounded_packs(tmp_path: Path) -> None:
 def test_two_copies_of_a_tensor_become_one(store: Store) -> None:
     data = {"x": noise("x", 100 * KIB)}
     kept = put(store, data)
-    store.forget(digest_of(data["x"]))
+    store.forget(tensor_digest(data["x"]))
     put(store, data)
     assert len(packs(store)) == 2
     collect(Store(store.root), kept)

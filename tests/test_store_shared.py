@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from refleet.common import folder_stamp
-from refleet.common.digest import digest_of
+from refleet.common.digest import tensor_digest
 from refleet.common.errors import DamagedTensor, StoreBusy
 from refleet.common.records import locked
 from refleet.common.store import Store
@@ -60,9 +60,9 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 def test_versions_put_in_by_another_process_are_found(store: Store) -> None:
     first = manifest_of(version(1))
-    assert not store.has(digest_of(version(1)["embed"])) and len(store.missing(first)) == 5
+    assert not store.has(tensor_digest(version(1)["embed"])) and len(store.missing(first)) == 5
     assert run("put(Store(sys.argv[1]), version(1))", store.root)[0] == 0
-    assert store.has(digest_of(version(1)["embed"])) and store.missing(first) == []
+    assert store.has(tensor_digest(version(1)["embed"])) and store.missing(first) == []
     assert store.manifests() == [first.fingerprint] and content(store, first) == version(1)
 
 
@@ -88,7 +88,7 @@ def test_a_miss_in_a_folder_that_rests_costs_no_listing(store: Store, monkeypatc
         assert not store.has(bytes(32))
     assert listed == []
     put(Store(store.root), version(2))
-    assert store.has(digest_of(version(2)["scale"]))
+    assert store.has(tensor_digest(version(2)["scale"]))
 
 
 @pytest.mark.parametrize("mapped", [True, False])
@@ -108,8 +108,8 @@ def test_a_tensor_that_another_process_removed_is_missing(store: Store) -> None:
     put(store, version(1))
     collect(Store(store.root))
     with pytest.raises(DamagedTensor, match="missing"):
-        store.read(digest_of(version(1)["embed"]), verify=False)
-    assert not store.has(digest_of(version(1)["embed"]))
+        store.read(tensor_digest(version(1)["embed"]), verify=False)
+    assert not store.has(tensor_digest(version(1)["embed"]))
 
 
 def test_a_writer_does_not_count_on_tensors_that_another_process_removed(store: Store) -> None:

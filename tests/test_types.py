@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import permutations
 
 import pytest
-from refleet.common.digest import digest_blocks, digest_of, fingerprint
+from refleet.common.digest import fingerprint
 from refleet.common.limits import LIMITS
 from refleet.common.types import (
     DTYPE_BYTES,
@@ -167,11 +167,6 @@ def test_the_fingerprint_of_known_versions_never_changes() -> None:
     assert fingerprint(Manifest(())).hex() == "b1ad39aacb1dd61d334f4a95effb9b299706114db9883024ee5412b2944b6bd4"
     known = Manifest.of([entry("layer.weight", "BF16", (2, 3), D1), entry("scale", "F32", (), D2)])
     assert fingerprint(known).hex() == "9e80057bede3657bad3280e0bd09d932cee8c180342af2cc347674cbdb24ce99"
-
-
-def test_a_digest_does_not_depend_on_how_the_bytes_were_cut() -> None:
-    assert digest_of(b"abc") == digest_of(b"a", b"", memoryview(b"bc")) == digest_blocks([b"ab", bytearray(b"c")])
-    assert digest_of() == digest_of(b"") != digest_of(b"\0")
 
 
 BIG = TensorSpec("big", "F32", (LIMITS.block_bytes // 4 + 5,))

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from refleet.common.digest import digest_of
+from refleet.common.digest import digest_of, tensor_digest
 from refleet.common.tensors import tensor_bytes
 from refleet.worker.recipe import Recipe
 from refleet.worker.refit_plan import Formula, Item, Kind, RefitPlan
@@ -156,7 +156,7 @@ def two_plan() -> RefitPlan:
     names = frozenset({"first.weight", "first.bias", "shift", "log_scale", "second.weight", "second.bias", "order"})
     return RefitPlan(
         items, {"fold": _formula()}, {"axes": torch.tensor([-1], dtype=torch.int32)}, names, frozenset({"seen"}),
-        {"order": digest_of(tensor_bytes(torch.tensor([2, 0, 1])))}, {}, (A, B),
+        {"order": tensor_digest(tensor_bytes(torch.tensor([2, 0, 1])))}, {}, (A, B),
     )  # fmt: skip
 
 

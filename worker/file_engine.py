@@ -14,10 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from blake3 import blake3
-
 from ..common.crashpoint import crash_point
-from ..common.digest import digest_of
+from ..common.digest import TensorHasher, tensor_digest
 from ..common.errors import DigestMismatch, NotRefittable, RefitFailed, UsageError
 from ..common.limits import KIB, LIMITS
 from ..common.messages import Serving
@@ -129,7 +127,7 @@ class FileEngine:
             for spec in order:
                 data = staged.read(spec.name)
                 # The last look before readers see it: bytes that rotted since staging never reach PATH.
-                if len(data) != spec.size_bytes or digest_of(data) != staged.manifest.by_name[spec.name].digest:
+                if len(data) != spec.size_bytes or tensor_digest(data) != staged.manifest.by_name[spec.name].digest:
                     raise DigestMismatch(
                         f"the staged bytes of tensor {spec.name!r} are not those of its digest",
                         about=f"version {serving.version}",
@@ -226,7 +224,7 @@ def _read_header(file: BinaryIO) -> dict[str, tuple[TensorSpec, int]]:
 
 
 def _digest_range(file: BinaryIO, start: int, size_bytes: int, buffer: memoryview) -> bytes:
-    hasher, left = blake3(), size_bytes
+    hasher, left = TensorHasher(), size_bytes
     file.seek(start)
     while left:
         count = file.readinto(buffer[: min(left, len(buffer))])  # type: ignore[attr-defined]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from ..common.digest import digest_of
+from ..common.digest import digest_of, tensor_digest
 from ..common.errors import DigestMismatch, RefitFailed
 from ..common.messages import Serving
 from ..common.types import Manifest, TensorSpec
@@ -81,7 +81,7 @@ class MemoryEngine:
         for name in names:
             if name not in held:
                 raise DigestMismatch(f"the engine holds no tensor {name!r}", tensor=name)
-            yield name, digest_of(held[name])
+            yield name, tensor_digest(held[name])
 
     def content_digest(self) -> bytes | None:
         """None: a dict has no serialized form of its own."""

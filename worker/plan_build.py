@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ..common.digest import digest_of
+from ..common.digest import digest_of, tensor_digest
 from ..common.errors import NotRefittable
 from ..common.tensors import bits_of, tensor_bytes
 from .engine import named_few
@@ -193,7 +193,7 @@ def _classified(draws: list[_Draw], sources: Sources) -> RefitPlan:
             constants[origin] = weight
         items[address] = Item(kind, origin, weight.dtype, tuple(weight.shape), why)
     names = frozenset(sources.tensors)
-    unproven = {name: digest_of(tensor_bytes(sources.tensors[name])) for name in sources.used - sources.random}
+    unproven = {name: tensor_digest(tensor_bytes(sources.tensors[name])) for name in sources.used - sources.random}
     needed = {item.origin for item in items.values()}
     formulas, constants = _reachable(needed, formulas, constants)
     return RefitPlan(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from ..common.digest import digest_blocks, digest_of
+from ..common.digest import digest_of, tensor_digest_of
 from ..common.errors import NotRefittable, RefitFailed
 from ..common.tensors import tensor_blocks
 from .engine import named_few
@@ -187,7 +187,7 @@ class Resident:
                 parts.append(digest_of(self.engines[name].content()))
             else:
                 held = sorted(part.state_dict().items())
-                parts += [digest_of(key.encode(), digest_blocks(tensor_blocks(tensor))) for key, tensor in held]
+                parts += [digest_of(key.encode(), tensor_digest_of(tensor_blocks(tensor))) for key, tensor in held]
         return digest_of(*parts)
 
     def close(self) -> None:

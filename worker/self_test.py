@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..common.digest import digest_of
+from ..common.digest import tensor_digest
 from ..common.errors import RefleetError
 from ..common.messages import Serving
 from ..common.tensors import spec_of, tensor_bytes
@@ -73,7 +73,7 @@ def example(
     """The module's weights as a version, and its answer."""
     state = {key: tensor.detach().cpu() for key, tensor in module.state_dict().items()}
     tensors = {key: bytes(tensor_bytes(tensor)) for key, tensor in state.items()}
-    manifest = Manifest.of(TensorEntry(spec_of(key, state[key]), digest_of(data)) for key, data in tensors.items())
+    manifest = Manifest.of(TensorEntry(spec_of(key, state[key]), tensor_digest(data)) for key, data in tensors.items())
     with torch.no_grad():
         answer = module(*args, **kwargs)
     return Example(InMemory(Serving(name, 1, seq, manifest.fingerprint), manifest, tensors), answer)

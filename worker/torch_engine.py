@@ -13,7 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import nn
 
-from ..common.digest import digest_blocks, digest_of
+from ..common.digest import digest_of, tensor_digest_of
 from ..common.errors import DigestMismatch, NotRefittable, ProbeMismatch, RefitFailed, RefleetError, UsageError
 from ..common.messages import Serving
 from ..common.tensors import tensor_blocks, tensor_from
@@ -120,7 +120,7 @@ class TorchEngine:
             if name not in state.tensors:
                 raise DigestMismatch(f"{self._holder} has no tensor {name!r}", tensor=name)
             group = state.ties.get(name, ())
-            digest = tied.get(group) or digest_blocks(tensor_blocks(bits(state.tensors[name])))
+            digest = tied.get(group) or tensor_digest_of(tensor_blocks(bits(state.tensors[name])))
             if group:
                 tied[group] = digest
             yield name, digest
