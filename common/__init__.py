@@ -9,7 +9,7 @@ Facts and rules
     crashpoint     places where a test may kill the process
 
 Bytes
-    digest         BLAKE3 of tensors and chunks, and the fingerprint of a version
+    digest         of tensors, chunks and whole versions
     wire           records <-> msgpack, strict
     signing        signed envelopes, signing keys, the trust file
     codec          which codecs there are, and which one a block gets

@@ -289,6 +289,25 @@ done:
     return Py_None;
 }
 
+static PyObject *py_leaves(PyObject *self, PyObject *args) {
+    unsigned level;
+    Py_buffer data;
+    PyObject *result = NULL;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "Iy*", &level, &data)) return NULL;
+    const kernels *with = chosen(level);
+    if (with && data.len % (Py_ssize_t)LEAF) PyErr_SetString(PyExc_ValueError, "no whole number of leaves of 64 KiB");
+    else if (with) result = PyBytes_FromStringAndSize(NULL, data.len / (Py_ssize_t)LEAF * LEAF_DIGEST);
+    if (result) {
+        uint8_t *digests = (uint8_t *)PyBytes_AsString(result); /* nobody else has this object yet */
+        Py_BEGIN_ALLOW_THREADS
+        with->leaves(data.buf, (size_t)data.len / LEAF, digests);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&data);
+    return result;
+}
+
 static PyMethodDef METHODS[] = {
     {"levels", levels, METH_NOARGS, "Names of the kernels that this machine runs; the index is the level."},
     {"first_difference", py_first_difference, METH_VARARGS, "(one, other) -> index of the first byte that differs, or -1."},
@@ -298,6 +317,7 @@ static PyMethodDef METHODS[] = {
     {"apply", py_apply, METH_VARARGS, "(level, out, base, kind, thresholds, classes) -> 0, or why the bytes are refused."},
     {"to_planes", py_to_planes, METH_VARARGS, "(level, new, base, planes, how, kind): fills `planes`."},
     {"from_planes", py_from_planes, METH_VARARGS, "(level, planes, base, out, how, kind): fills `out`."},
+    {"leaves", py_leaves, METH_VARARGS, "(level, data) -> XXH3-128 of each 64 KiB, 16 bytes each."},
     {NULL, NULL, 0, NULL},
 };
 

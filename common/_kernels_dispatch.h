@@ -54,10 +54,12 @@ typedef struct {
     void (*sample)(const uint8_t *, const uint8_t *, size_t, size_t, size_t, unsigned, uint32_t *, uint32_t *);
     void (*to_planes)(const uint8_t *, const uint8_t *, uint8_t *, size_t, unsigned, unsigned);
     void (*from_planes)(const uint8_t *const *, const uint8_t *, uint8_t *, size_t, unsigned, unsigned);
+    void (*leaves)(const uint8_t *, size_t, uint8_t *);
 } kernels;
 
 #define KERNELS(suffix)                                                                                             \
-    { "c-" #suffix, extract_##suffix, apply_##suffix, sample_##suffix, to_planes_##suffix, from_planes_##suffix }
+    { "c-" #suffix, extract_##suffix, apply_##suffix, sample_##suffix, to_planes_##suffix, from_planes_##suffix,       \
+      leaves_##suffix }
 
 static const kernels KERNELS_OF[] = {
     KERNELS(scalar),

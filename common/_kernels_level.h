@@ -78,6 +78,8 @@ static inline __attribute__((always_inline)) uint64_t LNAME(members)(const uint6
 #undef NAME
 #undef BITS
 
+#include "_kernels_xxh3.h"
+
 static int LNAME(extract)(const uint8_t *new, const uint8_t *base, size_t elements, unsigned kind,
                           const uint8_t *thresholds, unsigned count, changes *list) {
     unsigned mantissa = mantissa_of(kind);

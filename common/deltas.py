@@ -62,9 +62,9 @@ class StoredDelta:
         require(sum(block.size_bytes for block in self.blocks) == whole, "blocks that do not fit the tensors")
 
     @classmethod
-    def of(cls, index: Index, order: Iterable[DeltaTensor], base: Manifest) -> StoredDelta:
-        """Of a delta whose carried tensors are `order`, in body order."""
-        names = base.by_name
+    def of(cls, index: Index, order: Iterable[DeltaTensor], base: Manifest | None) -> StoredDelta:
+        """Of a delta whose carried tensors are `order`, in body order; without a base none is relative to anything."""
+        names = base.by_name if base else {}
         return cls(
             index.target,
             tuple(

@@ -74,6 +74,11 @@ class Derived:
             files = {self._where[digest].name: self._where[digest] for digest in digests if digest in self._where}
             return max((self._depth(file, depths) for file in files.values()), default=0)
 
+    def on_nothing(self, digests: Iterable[bytes]) -> bool:
+        """Whether one of these is in a file that builds on nothing: it was sent whole."""
+        with self._guard:
+            return any(not self._where[digest].bases for digest in digests if digest in self._where)
+
     def needs(self, digests: Iterable[bytes], *, whole: Callable[[bytes], bool]) -> tuple[set[bytes], set[str]]:
         """Digests that must be kept so that all of `digests` can be read, and the names of the files for it."""
         with self._guard:
@@ -210,7 +215,7 @@ class Derived:
                     bad.add(number)
                 else:
                     bases[number] = found
-        outs = [self._memory.take(tensor.size_bytes) for tensor in tensors]
+        outs = self._memory.take_all(tensor.size_bytes for tensor in tensors)
         try:
             with file.reading() as read:
                 bad |= self._decoded(file, read, bases, outs, bad)

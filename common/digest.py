@@ -18,19 +18,15 @@ from typing import TYPE_CHECKING
 import xxhash
 from blake3 import blake3
 
+from .kernels import leaves
 from .threads import cores, in_order
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-    from .types import Manifest
+    from .types import Manifest, TensorSpec
 
 LEAF_BYTES = 64 << 10
-
-
-def leaves(view: memoryview) -> bytes:  # TEMP
-    return b"".join(xxhash.xxh3_128_digest(view[i : i + LEAF_BYTES]) for i in range(0, len(view), LEAF_BYTES))
-
 
 TENSOR_LABEL = b"refleet tensor 1\0"
 
@@ -40,6 +36,14 @@ def digest_of(*parts: Buffer) -> bytes:
     hasher = blake3(max_threads=blake3.AUTO)
     for part in parts:
         hasher.update(part)
+    return hasher.digest()
+
+
+def blake3_of(blocks: Iterable[Buffer]) -> bytes:
+    """BLAKE3-256 of a stream of blocks, never holding more than one."""
+    hasher = blake3(max_threads=blake3.AUTO)
+    for block in blocks:
+        hasher.update(block)
     return hasher.digest()
 
 
@@ -102,9 +106,21 @@ def fingerprint(manifest: Manifest) -> bytes:
 
     Every field is length-prefixed, so no two different manifests share an input.
     """
-    hasher = blake3(b"refleet version 1\0")
-    for entry in manifest.tensors:
-        name, dtype, shape = entry.spec.name.encode(), entry.spec.dtype.encode(), entry.spec.shape
+    return _combined(b"refleet version 1\0", ((entry.spec, entry.digest) for entry in manifest.tensors))
+
+
+def proof_of(tensors: Iterable[tuple[TensorSpec, bytes]]) -> bytes:
+    """The content of a whole version, such that nobody can make another with the same: tensors with their `blake3_of`.
+
+    In the order of a manifest. Laid out as in `fingerprint`, which combines the tensor digests.
+    """
+    return _combined(b"refleet proof 1\0", tensors)
+
+
+def _combined(label: bytes, tensors: Iterable[tuple[TensorSpec, bytes]]) -> bytes:
+    hasher = blake3(label)
+    for spec, digest in tensors:
+        name, dtype, shape = spec.name.encode(), spec.dtype.encode(), spec.shape
         hasher.update(struct.pack(f"<I{len(name)}sB{len(dtype)}sB{len(shape)}Q32s", len(name), name, len(dtype), dtype,
-                                  len(shape), *shape, entry.digest))  # fmt: skip
+                                  len(shape), *shape, digest))  # fmt: skip
     return hasher.digest()

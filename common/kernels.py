@@ -62,6 +62,10 @@ class CKernels:
         assert base is not None or how != STEPPED
         _c.from_planes(self._level, planes, out if base is None else base, out, how, kind.number)
 
+    def leaves(self, data: Data) -> bytes:
+        digests: bytes = _c.leaves(self._level, data)
+        return digests
+
 
 _known: dict[str, Kernels] = {"numpy": NumpyKernels()}
 if _c is not None:
@@ -92,3 +96,11 @@ def use(name: str) -> str:
 def changed(new: Data, base: Data) -> bool:
     """Whether two buffers differ in any bit or in size; ends at the first difference. Floats compare as bits."""
     return _active.first_difference(new, base) >= 0
+
+
+def leaves(data: Data) -> bytes:
+    """XXH3-128 of each 64 KiB of `data`, 16 bytes each, one after the other.
+
+    Raises: ValueError where the size of `data` is no multiple of 64 KiB.
+    """
+    return _active.leaves(data)

@@ -8,12 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from . import kernels_symbols as symbols
 from .kernels_types import (
     BEYOND_END,
     KEYS,
+    LEAF_BYTES,
     NO_STREAMS,
     ROTATED,
     STEPPED,
@@ -124,6 +126,13 @@ class NumpyKernels:
             step = bits >> one ^ -(bits & one)
             bits = _unordered(_ordered(base.view(bits.dtype), kind) + step, kind)
         out[:] = bits.view(np.uint8)
+
+    def leaves(self, data: Data) -> bytes:
+        view = np.frombuffer(data, np.uint8)
+        if view.size % LEAF_BYTES:
+            raise ValueError("no whole number of leaves of 64 KiB")
+        leaves = view.reshape(-1, LEAF_BYTES)
+        return b"".join(xxhash.xxh3_128_digest(leaf.data) for leaf in leaves)
 
 
 def changes(new: Bytes, base: Bytes, width: int, *, limit: int) -> tuple[Positions, Unsigned, Unsigned] | None:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import MalformedRecord
+from .limits import KIB
 from .types import DTYPE_BYTES
 
 Bytes = NDArray[np.uint8]
@@ -17,6 +18,7 @@ Data = bytes | memoryview | NDArray[Any]
 
 CLASSES_MAX = 16
 KEYS = 256
+LEAF_BYTES = 64 * KIB  # of a tensor's digest
 BLOCK_BYTES_MAX = 1 << 31  # positions fit u32, and sums of gaps below it fit int64
 
 #: symbol mode -> bits of a symbol; PLANES stands for the numbers' byte planes
@@ -117,3 +119,6 @@ class Kernels(Protocol):
 
     def from_planes(self, planes: list[Bytes], base: Bytes | None, out: Bytes, kind: Kind, how: int) -> None:
         """Inverse of `to_planes`: `width` planes of one byte per element; `out` may be `base`."""
+
+    def leaves(self, data: Data) -> bytes:
+        """XXH3-128 (seed 0, canonical form) of each LEAF_BYTES of `data`. Raises: ValueError where a part is left."""

@@ -56,13 +56,17 @@ class Memory:
             buffers.append(made)
             return made[:]
 
+    def take_all(self, sizes: Iterable[int]) -> list[Bytes]:
+        """A buffer for each tensor of a version that is about to be rebuilt."""
+        return [self.take(size) for size in sizes]
+
     def get(self, digest: bytes) -> Bytes | None:
         """The tensor's bytes, which were verified when they came here."""
         with self._guard:
             return self._held.get(digest)
 
     def put(self, found: Mapping[bytes, Bytes]) -> None:
-        """Hold these verified tensors, which lie in buffers of `take`. Nobody writes into them any more."""
+        """Hold these verified tensors, which lie in buffers of ours. Nobody writes into them any more."""
         with self._guard:
             self._held.update(found)
 
@@ -91,8 +95,16 @@ class Memory:
     def trim(self, *, free: bool = False) -> None:
         """Drop what is not pinned; with `free`, give buffers that nobody uses back to the system."""
         with self._guard:
-            kept = self._pinned.union(*self._pins)
+            kept = self._kept()
             self._held = {digest: data for digest, data in self._held.items() if digest in kept}
             if free:
                 for size, buffers in self._buffers.items():
                     self._buffers[size] = deque(b for b in buffers if sys.getrefcount(b) > _UNUSED)
+
+    def close(self) -> None:
+        """Drop everything."""
+        self.pin(())
+        self.trim(free=True)
+
+    def _kept(self) -> frozenset[bytes]:
+        return self._pinned.union(*self._pins)

@@ -116,6 +116,7 @@ class MemoryStream:
             if entry_id > payload.last:
                 payload.add(entry_id, bytes(body))
                 server.put(key, payload)
+                server.changed.notify_all()
             elif payload.by_id.get(entry_id) != bytes(body):
                 raise id_taken(f"chunk {number} of payload {payload_id}", there=entry_id in payload.by_id)
             server.expire(key, ttl_s)
@@ -130,7 +131,12 @@ class MemoryStream:
         self._keys.chunks(payload_id)
         return _Reader(self, payload_id, carrier)
 
-    def read_chunk(self, payload_id: str, number: int, into: memoryview, *, carrier: str = STREAM) -> int:
+    def read_chunk(
+        self, payload_id: str, number: int, into: memoryview, *, carrier: str = STREAM, wait_s: float = 0.0
+    ) -> int:
+        if wait_s > 0:
+            key = self._keys.chunks(payload_id)
+            self._wait(lambda: (number + 1, 0) in self._server.entries(key).by_id, wait_s)
         (data,) = self.chunks(payload_id, number, 1, carrier=carrier)
         if len(data) > len(into):
             raise too_large(payload_id, number, len(data), len(into))
@@ -240,8 +246,8 @@ class _Reader:
     def __init__(self, stream: MemoryStream, payload_id: str, carrier: str):
         self._stream, self._payload_id, self._carrier = stream, payload_id, carrier
 
-    def read(self, number: int, into: memoryview) -> int:
-        return self._stream.read_chunk(self._payload_id, number, into, carrier=self._carrier)
+    def read(self, number: int, into: memoryview, *, wait_s: float = 0.0) -> int:
+        return self._stream.read_chunk(self._payload_id, number, into, carrier=self._carrier, wait_s=wait_s)
 
     def __enter__(self) -> PayloadReader:
         return self

@@ -10,9 +10,11 @@ from enum import IntEnum
 
 from .limits import LIMITS
 from .types import (
+    BLOBS,
     MODEL_NAME,
     NONCE,
     PAYLOAD_ID,
+    STREAM,
     VERSION_ID,
     WORKER_ID,
     PayloadRef,
@@ -90,13 +92,38 @@ class Offer:
 
 
 @dataclass(frozen=True, slots=True)
+class Coming:
+    """A payload is being written from now on: whoever holds its base may receive it before it is released.
+
+    It promises nothing: what the payload leads to is known with its release or offer, which may never come.
+    """
+
+    model: str
+    publisher: str
+    epoch: int
+    payload_id: str
+    base: bytes | None  # fingerprint of the base version; None: a full snapshot
+    carrier: str
+    chunk_bytes: int  # of every chunk of its body but the last
+
+    def __post_init__(self) -> None:
+        require(bool(MODEL_NAME.match(self.model)), f"model name {self.model!r}")
+        require(bool(NONCE.match(self.publisher)), f"publisher id {self.publisher!r}")
+        require(1 <= self.epoch < 1 << 63, f"epoch {self.epoch}")
+        require(bool(PAYLOAD_ID.match(self.payload_id)), f"payload id {self.payload_id!r}")
+        require_digest(self.base, "base fingerprint")
+        require(self.carrier in (STREAM, BLOBS), f"carrier {self.carrier[:40]!r}")
+        require(1 <= self.chunk_bytes <= LIMITS.chunk_bytes_max, f"chunk size {self.chunk_bytes}")
+
+
+@dataclass(frozen=True, slots=True)
 class VerifyRequest:
     """Asks every worker to re-hash what its engine holds now."""
 
     model: str
     nonce: str
     created_at_ms: int
-    deep: bool  # also the engine as a whole, in its own serialized form
+    deep: bool  # also a proof of all content, and the engine as a whole, in its own serialized form
 
     def __post_init__(self) -> None:
         require(bool(MODEL_NAME.match(self.model)), f"model name {self.model!r}")
@@ -179,11 +206,13 @@ class Verified:
     first_bad: str | None
     engine: bytes | None  # digest of what the engine as a whole holds; only in the answer to a deep request
     note: str  # why a deep answer has no `engine`, or ""
+    proof: bytes | None  # `digest.proof_of` what was read back; only in the answer to a deep request
 
     def __post_init__(self) -> None:
         require(bool(NONCE.match(self.nonce)), f"nonce {self.nonce!r}")
         require_counts(self.tensors)
         require_digest(self.engine, "engine digest")
+        require_digest(self.proof, "proof")
         require(len(self.note.encode()) <= LIMITS.message_bytes, "note too long")
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,6 +44,18 @@ def aligned(size_bytes: int) -> int:
     return -(-size_bytes // ALIGN_BYTES) * ALIGN_BYTES
 
 
+def table_size(objects: int) -> int:
+    """Bytes of table and footer."""
+    return objects * _LINE.size + _FOOTER.size
+
+
+def table_bytes(objects: Mapping[bytes, tuple[int, int]], *, at: int) -> bytes:
+    """Table and footer of `objects` (digest -> offset, size), which lie before offset `at`."""
+    table = b"".join(_LINE.pack(digest, *place) for digest, place in objects.items())
+    counts = _COUNTS.pack(at, len(objects))
+    return table + counts + digest_of(table, counts) + _MAGIC
+
+
 class Pack:
     """A visible pack. Its table stays in memory; the file is mapped when something is first read."""
 
@@ -62,14 +74,15 @@ class Pack:
         """Reads the table. Raises: MalformedRecord for a damaged one, FileNotFoundError, StoreError."""
         try:
             with path.open("rb") as file:
-                return cls._read(path, file.fileno())
+                return cls.read_table(path, file.fileno())
         except FileNotFoundError:
             raise
         except OSError as error:
             raise StoreError(f"a pack of tensors can't be read: {error.strerror}", about=str(path)) from error
 
     @classmethod
-    def _read(cls, path: Path, fd: int) -> Pack:
+    def read_table(cls, path: Path, fd: int) -> Pack:
+        """The pack in the open file `fd`. Raises: MalformedRecord."""
         file_bytes = os.fstat(fd).st_size
         footer = os.pread(fd, _FOOTER.size, max(file_bytes - _FOOTER.size, 0))
         if len(footer) == _FOOTER.size:
@@ -141,7 +154,7 @@ class PackWriter:
     @property
     def file_bytes(self) -> int:
         """Size of the finished file."""
-        return self._end + len(self.objects) * _LINE.size + _FOOTER.size
+        return self._end + table_size(len(self.objects))
 
     def add(self, blocks: Iterable[Buffer], *, expect: bytes | None, known: Container[bytes]) -> bytes:
         """Appends one object unless its digest is in `known` or in this pack; returns the digest.
@@ -181,10 +194,7 @@ class PackWriter:
 
     def finish(self) -> TempFile:
         """Writes table and footer and syncs; the caller renames the file into place, then calls `close`."""
-        table = b"".join(_LINE.pack(digest, *place) for digest, place in self.objects.items())
-        counts = _COUNTS.pack(self._end, len(self.objects))
-        self._write(table)
-        self._write(counts + digest_of(table, counts) + _MAGIC)
+        self._write(table_bytes(self.objects, at=self._end))
         self._flush()
         self._temp.sync("pack")
         return self._temp

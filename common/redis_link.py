@@ -90,7 +90,7 @@ class Link:
         """`timeout_s` bounds every wait for a reply. Connects on first use."""
         self.address = address_of(url)
         self._model = model
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._closed = False
         self._lock = threading.Lock()
         self._wires: set[Wire] = set()
@@ -151,7 +151,7 @@ class Link:
                 self._wires.discard(wire)
                 wire.close()
         connection = self._pool.connection_class(**self._pool.connection_kwargs)
-        wire = Wire(connection, timeout_s=self._timeout_s)
+        wire = Wire(connection, timeout_s=self.timeout_s)
         with self._lock:
             self._wires.add(wire)
             if self._closed:  # in the meantime, by another thread

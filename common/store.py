@@ -7,16 +7,17 @@
     records/    one record per name
     temp/       files in the making; what dead processes left is removed at the next open
     locks/      lock files (records.py); they are never removed
+    keepers/    what each worker wants, where several share one (store_folder.py)
 
 Several processes may use one store at once. A crash at any point leaves the state before or after a step.
+The workers of a host may share packs, deltas and manifests, in a folder beside their own ones, and the memory that
+versions are rebuilt in (host_memory.py).
 A version that came as a delta is kept as that delta, so that it costs what changed; every `ANCHOR_EVERY` versions
 `anchor` writes one whole, from which the next ones are rebuilt.
 """
 
 from __future__ import annotations
 
-import re
-import secrets
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -27,20 +28,21 @@ import numpy as np
 
 from .crashpoint import crash_point
 from .derived import DeltaBatch, Derived
-from .errors import DamagedTensor, MalformedRecord
+from .digest import tensor_digest
+from .errors import DamagedTensor
+from .host_memory import HostMemory
 from .layout import Bytes
 from .manifests import Manifests, stored_digests
 from .memory import Memory
+from .named_records import NAME, NamedRecords
 from .objects import Batch, Objects
-from .pack import PACK_BYTES
-from .records import disk_errors, locked, read_file, remove, sweep, sync_folder, write_file
+from .pack import HEAL, PACK_BYTES
+from .records import locked, sweep
 from .retention import retain
+from .store_folder import Keepers, opened
 from .types import Manifest, TensorEntry
 
-_ID = re.compile(rb"refleet store 1 ([0-9a-f]{32})\n")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]*(/[A-Za-z0-9][A-Za-z0-9._@-]*)*\Z")
 _OWN_LOCKS = {"id", "objects", "order"}
-_SETUP_WAIT_S = 60.0
 _WRITE_WAIT_S = 600.0  # for another process's `collect`, which may copy gigabytes
 #: a version that takes this many deltas to rebuild is written whole
 ANCHOR_EVERY = 16
@@ -56,7 +58,7 @@ class Collected:
     unreadable: tuple[bytes, ...] = ()
 
 
-class Store:
+class Store(NamedRecords):
     """A folder of tensors, manifests and records. May be used from several threads; `close` it, or use `with`.
 
     Writers put a new version in like this, so that no `collect` takes its tensors for garbage in between:
@@ -70,24 +72,27 @@ class Store:
     Every write may raise StoreFull (no room, or not allowed), StoreError (the disk failed) and StoreBusy.
     """
 
-    def __init__(self, root: Path | str, *, pack_bytes: int = PACK_BYTES):
-        """Opens the store in folder `root`, or makes one there. Raises: MalformedRecord when its id is damaged."""
+    def __init__(self, root: Path | str, *, shared: Path | None = None, pack_bytes: int = PACK_BYTES):
+        """Opens the store in folder `root`, or makes one there; `shared` is the folder for what workers share.
+
+        Raises: MalformedRecord when its id is damaged.
+        """
         self.root = Path(root)
-        self._records = self.root / "records"
-        self._temp, self._locks = self.root / "temp", self.root / "locks"
-        packs, deltas, manifests = self.root / "packs", self.root / "deltas", self.root / "manifests"
-        with disk_errors(self.root):
-            for folder in (packs, deltas, manifests, self._records, self._temp, self._locks):
-                folder.mkdir(parents=True, exist_ok=True)
-        #: 32 hex digits, made once, stable for ever
-        self.id = self._identity()
-        sweep(self._temp)
-        self._manifests = Manifests(manifests, temp=self._temp)
-        order = self._locks / "order"
-        self._objects = Objects(packs, temp=self._temp, order_lock=order, pack_bytes=pack_bytes)
-        #: tensors in this process's memory, and buffers for them
-        self.memory = Memory()
-        self._derived = Derived(deltas, temp=self._temp, order_lock=order, memory=self.memory, whole=self._whole)
+        #: where tensors and manifests lie
+        self.content = content = shared or self.root
+        super().__init__(self.root / "records", temp=self.root / "temp")
+        self._locks = self.root / "locks"
+        packs, deltas, manifests = content / "packs", content / "deltas", content / "manifests"
+        self.id = opened(self.root, self._records)
+        opened(content, packs, deltas, manifests)
+        self._keepers = Keepers(content, self.id) if shared else None
+        temp = content / "temp"
+        self._manifests = Manifests(manifests, temp=temp)
+        order = content / "locks" / "order"
+        self._objects = Objects(packs, temp=temp, order_lock=order, pack_bytes=pack_bytes)
+        #: tensors in memory, and buffers for them
+        self.memory = HostMemory(content) if shared else Memory()
+        self._derived = Derived(deltas, temp=temp, order_lock=order, memory=self.memory, whole=self._whole)
 
     def __enter__(self) -> Store:
         return self
@@ -98,13 +103,14 @@ class Store:
     def close(self) -> None:
         """Lets go of all mappings and memory; memoryviews that were handed out stay valid."""
         self._objects.close()
-        self.memory.pin(())
-        self.memory.trim(free=True)
+        self.memory.close()
+        if self._keepers:
+            self._keepers.close()
 
     @property
     def size_bytes(self) -> int:
         """What tensors, manifests, records and temp files take on disk."""
-        folders = (self._objects.folder, self._derived.folder, self._manifests.folder, self._records, self._temp)
+        folders = {self._objects.folder, self._derived.folder, self._manifests.folder, self._records, self._temp}
         return sum(_size_bytes(path) for folder in folders for path in folder.iterdir())
 
     # tensors
@@ -131,6 +137,16 @@ class Store:
                 if self._objects.lacking((digest,)):  # else another process wrote it whole, and removed the delta
                     raise
         return self._objects.read(digest, verify=verify)
+
+    def recheck(self, digest: bytes) -> None:
+        """Hash the tensor's bytes wherever they are, memory included. Raises: DamagedTensor, StoreError."""
+        if tensor_digest(self.read(digest, verify=True)) != digest:
+            raise DamagedTensor(
+                "a tensor's bytes in memory no longer match their digest",
+                digest=digest,
+                about=f"tensor {digest.hex()} of {self.content}",
+                next=HEAL,
+            )
 
     def forget(self, digest: bytes) -> None:
         """Gives up a damaged tensor: `has` is false until it is added again. Lasts as long as this object."""
@@ -162,12 +178,14 @@ class Store:
                 batch.close()
 
     def anchor(self, manifest: Manifest, *, every: int = ANCHOR_EVERY) -> int:
-        """Writes the version's tensors whole if rebuilding it takes `every` deltas or more; returns bytes written.
+        """Writes the version's tensors whole if it takes `every` deltas or more to rebuild it, or if it was sent whole.
 
+
+        Returns the bytes written.
         Raises: DamagedTensor, StoreFull, StoreError.
         """
         derived = self._objects.lacking(stored_digests(manifest))
-        if self._derived.depth(derived) < every:
+        if self._derived.depth(derived) < every and not self._derived.on_nothing(derived):
             return 0
         written = 0
         with self.batch() as batch:
@@ -185,7 +203,7 @@ class Store:
         Needed from the first question what the store holds (`has`, `missing`) until `put_manifest`. May be nested.
         Raises: StoreBusy when a running `collect` does not end within `wait_s`.
         """
-        with locked(self._locks / "objects", shared=True, wait_s=wait_s):
+        with locked(self.content / "locks" / "objects", shared=True, wait_s=wait_s):
             self._objects.refresh(force=True)  # what a collect removed must not pass for present
             self._derived.refresh(force=True)
             yield
@@ -209,31 +227,6 @@ class Store:
         lacking = self._lacking(stored_digests(manifest))
         return [entry for entry in manifest.tensors if entry.digest in lacking and entry.spec.size_bytes]
 
-    # records
-
-    def put_record(self, name: str, data: bytes, *, sync: bool = True) -> None:
-        """Sets the record `name` (ours, such as `release/main`): letters, digits and `._@-`, in parts between `/`.
-
-        Without `sync` a power cut may take it: for what can be done without.
-        """
-        write_file(self._record_path(name), data, temp=self._temp, sync=sync)
-
-    def record(self, name: str) -> bytes | None:
-        """The record `name`, or None. Raises: MalformedRecord naming its file when it is damaged."""
-        return read_file(self._record_path(name))
-
-    def records(self, prefix: str) -> list[str]:
-        """Names of all records that begin with `prefix`, sorted."""
-        names = (path.name.replace("+", "/") for path in self._records.iterdir())
-        return sorted(name for name in names if name.startswith(prefix))
-
-    def drop_record(self, name: str, *, sync: bool = True) -> None:
-        """Removes the record `name`, if it is there; without `sync` a power cut may bring it back."""
-        path = self._record_path(name)
-        if remove(path) and sync:
-            with disk_errors(path):
-                sync_folder(self._records)
-
     # life of the whole
 
     def lock(self, name: str, *, wait_s: float = 0.0, holder: str = "") -> AbstractContextManager[None]:
@@ -241,20 +234,36 @@ class Store:
 
         Raises: StoreBusy after `wait_s`, naming the process that holds it and its `holder` text.
         """
-        assert _NAME.match(name) and "/" not in name and name not in _OWN_LOCKS, name
+        assert NAME.match(name) and "/" not in name and name not in _OWN_LOCKS, name
         return locked(self._locks / name, wait_s=wait_s, holder=holder)
+
+    def shared_lock(self, name: str, *, wait_s: float = 0.0, holder: str = "") -> AbstractContextManager[None]:
+        """The same against everybody who shares this store's content."""
+        return locked(self.content / "locks" / name, wait_s=wait_s, holder=holder)
+
+    def keep(self, fingerprints: Collection[bytes]) -> None:
+        """What no other process's `collect` may remove, from now on until the next call. Raises: StoreFull, StoreBusy.
+
+        Does nothing where the content is not shared: then only the caller's own `collect` removes anything.
+        """
+        if self._keepers:
+            with locked(self.content / "locks" / "objects", shared=True, wait_s=_WRITE_WAIT_S):
+                self._keepers.keep(fingerprints)
 
     def collect(self, keep: Collection[bytes], *, grace_s: float = 0.0, wait_s: float = 0.0) -> Collected:
         """Removes manifests not in `keep` and older than `grace_s`, and tensors that no manifest left needs.
 
+        Where the content is shared, what the others keep stays as well.
         Also removes temp files of dead processes. Other processes may read meanwhile: their views stay valid, and
         they find moved tensors by themselves. What is damaged among `keep` is told in `unreadable`.
         Raises: StoreBusy when somebody is `writing` and does not end within `wait_s`; never call it while `writing`.
         """
-        with locked(self._locks / "objects", wait_s=wait_s, holder="collect"):
-            freed_bytes = sweep(self._temp)
+        with locked(self.content / "locks" / "objects", wait_s=wait_s, holder="collect"):
+            freed_bytes = sweep(self.content / "temp")
             self._objects.refresh(force=True)
-            kept = frozenset(keep)
+            if self._keepers:
+                self._keepers.keep(keep)
+            kept = frozenset(keep) | (self._keepers.wanted() if self._keepers else frozenset())
             removed, freed = self._manifests.drop(kept, grace_s=grace_s)
             crash_point("store.manifests-dropped")
             live, unreadable = self._manifests.live(kept)
@@ -271,25 +280,6 @@ class Store:
 
     def _whole(self, digest: bytes) -> Bytes:
         return np.frombuffer(self._objects.read(digest, verify=False), np.uint8)
-
-    def _identity(self) -> str:
-        path = self.root / "id"
-        if not path.exists():
-            with locked(self._locks / "id", wait_s=_SETUP_WAIT_S):
-                if not path.exists():  # another process may have been faster
-                    write_file(path, f"refleet store 1 {secrets.token_hex(16)}\n".encode(), temp=self._temp)
-        found = _ID.fullmatch(read_file(path) or b"")
-        if not found:
-            raise MalformedRecord(
-                "a store of another format than this refleet's",
-                about=str(path),
-                next="use the refleet that made it, or another folder",
-            )
-        return found[1].decode()
-
-    def _record_path(self, name: str) -> Path:
-        assert _NAME.match(name), name
-        return self._records / name.replace("/", "+")
 
 
 def _size_bytes(path: Path) -> int:

@@ -3,7 +3,8 @@
 Keys of model `m`. Braces make one Cluster slot of each model; payloads spread over slots.
 
     refleet:{m}:log                  stream  signed releases; entry id = epoch-seq; field r = record; never expires
-    refleet:{m}:control              stream  offers, verify requests; automatic ids; field r; about control_entries
+    refleet:{m}:control              stream  announcements, offers, verify requests; automatic ids; field r; about
+                                             control_entries
     refleet:{m}:epoch                string  the highest claimed epoch, decimal
     refleet:{m}:lease                hash    publisher = its id, record = packed Lease; expires unless renewed
     refleet:{m:<payload id>}:chunks  stream  one payload; chunk n = entry (n+1)-0, field c; expires or goes as a whole.
@@ -127,12 +128,15 @@ def _worker_id(worker: str) -> str:
 class PayloadReader(Protocol):
     """Reads chunks of one payload over a connection of its own; used by one thread at a time. Leaving it frees that."""
 
-    def read(self, number: int, into: memoryview) -> int:
+    def read(self, number: int, into: memoryview, *, wait_s: float = 0.0) -> int:
         """Receive chunk `number` into the start of `into` (writable, contiguous bytes); returns its size in bytes.
 
+        `wait_s`: for about this long, and at most half the reply timeout, wait for a chunk that is not there yet, and
+        for a payload that was not begun yet. Nothing is requested ahead then.
         What lies in `into` after an error is undefined, as is what lies behind the chunk's end: a reply may end in the
-        middle. The reader may be used again after every error. Raises: StreamGap (the chunk is gone), LimitExceeded (it
-        is larger than `into`), StreamUnavailable (reset, timeout, refused, closed), StreamError (no such reply exists).
+        middle. The reader may be used again after every error. Raises: StreamGap (the chunk is not there),
+        LimitExceeded (it is larger than `into`), StreamUnavailable (reset, timeout, refused, closed), StreamError (no
+        such reply exists).
         """
         ...
 

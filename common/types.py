@@ -107,7 +107,7 @@ class TensorSpec:
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
     spec: TensorSpec
-    digest: bytes  # BLAKE3 of the tensor's bytes: its address in a store
+    digest: bytes  # `tensor_digest` of its bytes: its address in a store
 
     def __post_init__(self) -> None:
         require_digest(self.digest, "digest of a tensor")

@@ -20,13 +20,14 @@ import msgpack
 
 from .errors import LimitExceeded, MalformedRecord
 from .limits import LIMITS
-from .messages import Ack, Lease, Offer, Release, VerifyRequest, WorkerStatus
+from .messages import Ack, Coming, Lease, Offer, Release, VerifyRequest, WorkerStatus
 from .types import Index, Manifest, PayloadRef
 
 FORMAT = 3
 #: tag of each top-level record; further ones register themselves with `record`
 _TAGS: dict[type, str] = {
     Release: "release",
+    Coming: "coming",
     Offer: "offer",
     VerifyRequest: "verify",
     Index: "index",

@@ -27,7 +27,7 @@ from .checkpoint import open_checkpoint
 from .claim import LEASE_S, LOCK_S, Claim
 from .fleet import Fleet, fleet
 from .ingest import OnBytes, silent
-from .payloads import Payloads
+from .payloads import Payloads, announcing
 from .published import Published
 from .retention import reasons_to_keep
 from .service import Service
@@ -76,10 +76,11 @@ class Publisher:
         self.book = Book(self.store)
         self.key = SigningKey.load(key) if isinstance(key, str | Path) else key
         self.keep, self._resident, self._notify = keep, resident, notify
-        self._payloads = Payloads(
-            self.stream, self.book, budget_bytes=budget_bytes, wait_s=budget_wait_s, notify=notify
-        )
         self.claim = Claim(self.stream, self.book, take_over=take_over, notify=notify)
+        self._payloads = Payloads(
+            self.stream, self.book, budget_bytes=budget_bytes, wait_s=budget_wait_s, notify=notify,
+            announce=announcing(self.claim, self.key),
+        )  # fmt: skip
         self.service = Service(self.claim, key=self.key, payloads=self._payloads, notify=notify) if answer else None
 
     # ------------------------------------------------------------------ publish and roll back

@@ -12,6 +12,7 @@ import pytest
 from bundle_twin import own_bundle, saved_bundle  # noqa: F401 - fixtures
 from carriers import Carrier, InMemory, OnServer
 from cli_runs import cli  # noqa: F401 - a fixture
+from early_scene import slow, small_chunks  # noqa: F401 - fixtures
 from engine_cases import case, follower  # noqa: F401 - fixtures
 from refleet.common.redis_stream import RedisStream
 from refleet.common.types import BLOBS, STREAM

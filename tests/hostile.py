@@ -11,10 +11,10 @@ from refleet.common import codec, wire
 from refleet.common.digest import digest_of
 from refleet.common.layout import in_body_order
 from refleet.common.memory_server import MemoryEntries
-from refleet.common.messages import Lease, Offer, Release
+from refleet.common.messages import Coming, Lease, Offer, Release
 from refleet.common.signing import SigningKey, seal
 from refleet.common.stream import Keys
-from refleet.common.types import Block, DeltaTensor, Index, Manifest, PayloadRef, TensorEntry
+from refleet.common.types import STREAM, Block, DeltaTensor, Index, Manifest, PayloadRef, TensorEntry
 from refleet.publisher import Publisher
 
 Chunks = dict[int, bytes]  # by number
@@ -85,6 +85,17 @@ class Outsider:
         """Offer a payload in the name of `publisher`."""
         lease = publisher.claim.lease()
         self.control(seal(wire.pack(Offer(publisher.model, lease.publisher, epoch or lease.epoch, ref)), key))
+
+    def coming(
+        self, publisher: Publisher, payload_id: str, *, base: bytes | None, chunk_bytes: int,
+        epoch: int | None = None, model: str | None = None, key: SigningKey | None = None,
+    ) -> None:  # fmt: skip
+        """Announce a payload in the name of `publisher`."""
+        lease = publisher.claim.lease()
+        announced = Coming(
+            model or publisher.model, lease.publisher, epoch or lease.epoch, payload_id, base, STREAM, chunk_bytes
+        )
+        self.control(seal(wire.pack(announced), key))
 
 
 def forged(release: Release, **changes: object) -> bytes:

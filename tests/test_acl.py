@@ -192,6 +192,8 @@ def test_the_narrower_roles_of_a_payload_server_are_enough_for_it(
         for number in (0, 1, 1):
             publisher.put_chunk(payload, number, b"data", ttl_s=TTL_S, carrier=kind)
         assert worker.read_chunk(payload, 1, memoryview(bytearray(9)), carrier=kind) == 4
+        with worker.payload_reader(payload, carrier=kind) as reader:
+            assert reader.read(1, memoryview(bytearray(9)), wait_s=5) == 4
         refused(lambda: worker.put_chunk(payload, 2, b"forged", ttl_s=TTL_S, carrier=kind))  # noqa: B023
         publisher.keep_payload(payload, ttl_s=TTL_S)
         assert publisher.payload_chunks(payload) == 2

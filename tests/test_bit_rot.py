@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from refleet.common.errors import UnknownVersion
 from refleet.common.messages import Ack, Evidence
 from refleet.common.tensors import tensor_bytes
 from refleet.worker.memory_engine import MemoryEngine
-from stored import flip, flip_tensor
+from stored import flip, flip_tensor, packs
 from world import State, World, checkpoint, holds, reason, served
 
 Until = Callable[..., None]
@@ -24,6 +25,13 @@ def data_of(state: State, name: str = NAME) -> bytes:
 
 def healing(world: World, worker_id: str = "w0") -> list[str]:
     return [e.failure.tensor for e in world.events[worker_id] if e.text.startswith("healing") and e.failure]  # type: ignore[misc]
+
+
+def only_on_disk(world: World, until: Until) -> None:
+    """What `w0` serves is written whole and no longer in its memory, as it would be after a restart."""
+    worker = world.workers["w0"]
+    until(lambda: packs(worker.store) and not worker._pursuit.anchors.busy, "the version is written whole")
+    worker.store.memory.close()
 
 
 def last_serving(world: World, until: Until, *, after: int = 0) -> Ack:
@@ -102,6 +110,7 @@ def test_rot_in_a_base_tensor_is_found_when_a_delta_is_decoded(world: World, unt
     second = checkpoint(2, change=0.02, base=first)
     publisher, worker = world.publisher(), world.worker()
     publisher.publish(first, version="v1").wait(workers=1, timeout_s=20)
+    only_on_disk(world, until)
     flip_tensor(worker.store, data_of(first))
     published = publisher.publish(second, version="v2")
     worker.wait("v2", timeout_s=20)
@@ -120,6 +129,7 @@ def test_rot_is_found_before_the_engine_is_touched_by_a_rollback(small_world: Wo
     engine, publisher = MemoryEngine(), world.publisher()
     worker = world.worker(engine=engine)
     publisher.publish(first, version="v1").wait(workers=1, timeout_s=20)
+    only_on_disk(world, until)
     publisher.publish(checkpoint(2), version="v2").wait(workers=1, timeout_s=20)
     written = len(engine.written)
     flip_tensor(worker.store, data_of(first))
@@ -136,6 +146,31 @@ def test_rot_is_found_before_the_engine_is_touched_by_a_rollback(small_world: Wo
         pass
     worker.wait("v1", timeout_s=20)
     assert holds(worker, first)
+
+
+def test_a_bit_that_flips_in_memory_between_staging_and_applying_is_fetched_again_and_never_served(
+    small_world: World, until: Until
+) -> None:
+    """The read-back finds it, and hashing the memory tells that the engine is not to blame."""
+    world, first = small_world, checkpoint(1)
+    second = checkpoint(2, change=0.02, base=first)
+    publisher, worker = world.publisher(), world.worker()
+    publisher.publish(first, version="v1").wait(workers=1, timeout_s=20)
+    put, hit = worker.store.memory.put, []
+
+    def rotten(found: dict[bytes, Any]) -> None:
+        put(found)
+        if not hit:
+            data = max(found.values(), key=len)
+            data[data.size // 2] ^= 4
+            hit.append(data)
+
+    worker.store.memory.put = rotten  # type: ignore[method-assign]
+    publisher.publish(second, version="v2")
+    worker.wait("v2", timeout_s=20)
+    assert hit
+    assert healing(world) == [NAME]
+    assert holds(worker, second)
 
 
 @pytest.mark.parametrize("which", ["v1", "v2"])

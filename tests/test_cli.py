@@ -194,7 +194,7 @@ def test_a_signed_release_is_served_and_an_unsigned_one_is_refused(cli: Cli) -> 
         assert refused.code == 3 and "this release is unsigned (no --key): w0 will refuse it" in refused.err
         assert worker.wait().version == "signed"
         status = cli.on("status")
-    assert "w0 refused 1 record: BadSignature" in status.out
+    assert "w0 refused 2 records: BadSignature" in status.out, "the announcement of its payload, and the release"
     assert cli.ok("status", "--trust", "trusted.txt")["target"]["version"] == "signed"
     assert cli.ok("status")["target"]["version"] == "unsigned"
     assert [r["version"] for r in cli.ok("history", "--store", "no", "--trust", "trusted.txt")] == ["signed"]

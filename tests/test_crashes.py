@@ -110,7 +110,7 @@ def test_a_worker_killed_at_any_point_serves_one_whole_version_and_then_converge
     assert which(processes.served("w0"), versions) == "v2"
 
 
-@pytest.mark.parametrize("point", ["worker.received-chunk", "store.pack-written", "store.pack-renamed"])
+@pytest.mark.parametrize("point", ["worker.received-chunk", "store.delta-written", "store.delta-renamed"])
 def test_a_worker_killed_while_it_takes_its_first_version_takes_it_when_it_starts_again(
     valkey: Server, processes: Processes, versions: dict[str, Path], point: str, until: Until
 ) -> None:

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 from codec_blocks import Bytes, kernel_form, noise, stepped, weights
 from refleet.common import codec, kernels
 from refleet.common.errors import MalformedRecord
 from refleet.common.kernels_numpy import NumpyKernels
-from refleet.common.kernels_types import KINDS, PLAIN, ROTATED, STEPPED, Streams, Symbols
+from refleet.common.kernels_types import KINDS, LEAF_BYTES, PLAIN, ROTATED, STEPPED, Streams, Symbols
 from refleet.common.sparse import sampled, thresholds_for
 
 REFERENCE = NumpyKernels()
@@ -153,6 +154,26 @@ def test_the_first_difference_is_found_wherever_it_is() -> None:
         assert kernels.changed(new, base) and not kernels.changed(base, base.copy())
     zeros = np.zeros(4, np.float32)
     assert kernels.changed(-zeros, zeros)
+
+
+def test_leaves_are_those_of_xxhash() -> None:
+    data = noise(5 * LEAF_BYTES + 3)
+    for pieces in (0, 1, 2, 5):
+        for start in (0, 1, 3):  # aligned and not
+            view = data[start : start + pieces * LEAF_BYTES]
+            expected = b"".join(xxhash.xxh3_128_digest(leaf) for leaf in view.reshape(-1, LEAF_BYTES))
+            assert kernels.leaves(view) == kernels.leaves(view.tobytes()) == REFERENCE.leaves(view) == expected
+    for fill in (0, 255):  # sums that carry, and ones that stay small
+        view = np.full(LEAF_BYTES, fill, np.uint8)
+        assert kernels.leaves(view) == xxhash.xxh3_128_digest(view)
+    for at in (0, 1023, 64_511, 64_512, 65_471, 65_472, 65_535):  # around blocks and the last stripes
+        view[at] ^= 1
+        assert kernels.leaves(view) == xxhash.xxh3_128_digest(view)
+    assert kernels.leaves(np.zeros(LEAF_BYTES // 4, np.float32)) == kernels.leaves(bytes(LEAF_BYTES))
+    for wrong in (1, LEAF_BYTES - 1, LEAF_BYTES + 1):
+        for form in (kernels.active(), REFERENCE):
+            with pytest.raises(ValueError, match="whole number"):
+                form.leaves(data[:wrong])
 
 
 def test_nonsense_from_our_own_side_is_an_error_and_no_crash() -> None:

@@ -10,6 +10,7 @@ from refleet.common import wire
 from refleet.common.errors import MalformedRecord
 from refleet.common.messages import (
     Ack,
+    Coming,
     Evidence,
     Failure,
     Lease,
@@ -41,6 +42,7 @@ RECORDS = {
         RELEASE, kind="rollback", seq=8, payload=None, payload_bytes=0, message="", restructure=False
     ),
     "first release": replace(RELEASE, base=None, payload=None),
+    "coming": Coming("chat", N, 3, P, a, "blobs", 4096),
     "offer": Offer("chat", N, 3, REF),
     "verify request": VerifyRequest("chat", N, 1_700_000_000_000, True),
     "index": Index(
@@ -70,7 +72,7 @@ RECORDS = {
         {"fetch": 1.5, "refit": 0.25},
         c,
         FAILURE,
-        Verified(N, False, 2, "layer.0.weight", a, "warum"),
+        Verified(N, False, 2, "layer.0.weight", a, "warum", b),
         "refitted in place",
     ),
     "smallest ack": Ack("gpu-1", "chat", 3, 7, "v17", Evidence.NONE, None, None, "", 0),
@@ -117,6 +119,7 @@ GOLDEN = {
         f"dc0012a772656c6561736503a463686174d920{N_TEXT}0307a77075626c697368a3763137c420{B}c0c00102cd04b0cd04b4cf00000"
         "18bcfe56800a66ec3a4686572c3"
     ),
+    "coming": f"99a6636f6d696e6703a463686174d920{N_TEXT}03d920{P_TEXT}c420{A}a5626c6f6273cd1000",
     "offer": (
         f"96a56f6666657203a463686174d920{N_TEXT}0399d920{P_TEXT}c420{A}c420{B}01cd03e801ccc8c420{C}a673747265616d"
     ),
@@ -134,8 +137,8 @@ GOLDEN = {
     "ack": (
         f"dc0011a361636b03a56770752d31a4636861740307a376313705c420{B}a3763137ae746f72636820322e313320637075cd04b082a56"
         f"665746368cb3ff8000000000000a57265666974cb3fd0000000000000c420{C}93ae4469676573744d69736d61746368ac6279746573"
-        f"20646966666572ae6c617965722e302e77656967687496d920{N_TEXT}c202ae6c617965722e302e776569676874c420{A}a57761727"
-        "56db1726566697474656420696e20706c616365"
+        f"20646966666572ae6c617965722e302e77656967687497d920{N_TEXT}c202ae6c617965722e302e776569676874c420{A}a57761727"
+        f"56dc420{B}b1726566697474656420696e20706c616365"
     ),
     "smallest ack": "dc0011a361636b03a56770752d31a4636861740307a376313700c0c0a00080c0c0c0a0",
     "status": (

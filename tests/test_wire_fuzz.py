@@ -112,7 +112,9 @@ acks = st.builds(
     Ack, versions, models, orders, orders, versions, st.sampled_from(Evidence), st.none() | digests,
     st.none() | versions, texts, counts, st.dictionaries(texts, floats, max_size=4), st.none() | digests,
     st.none() | failures,
-    st.none() | st.builds(Verified, nonces, st.booleans(), counts, st.none() | texts, st.none() | digests, texts),
+    st.none() | st.builds(
+        Verified, nonces, st.booleans(), counts, st.none() | texts, st.none() | digests, texts, st.none() | digests,
+    ),
     texts,
 )  # fmt: skip
 statuses = st.builds(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from ..common.errors import RefleetError
+from ..common.errors import RefleetError, StoreBusy
 from ..common.store import Store
 from ..common.types import Manifest
 
@@ -34,7 +34,9 @@ class Anchors:
 
     def _run(self, manifest: Manifest) -> None:
         try:
-            with self._store.memory.pinned(manifest.digests):
+            with self._store.shared_lock("anchor"), self._store.memory.pinned(manifest.digests):
                 self._store.anchor(manifest)
+        except StoreBusy:  # another worker that shares the store is at it
+            return
         except RefleetError as error:  # the version is there as deltas all the same
             self._warn(f"could not write the version whole: {error.what}")

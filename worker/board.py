@@ -69,6 +69,8 @@ class Board:
         self._listeners: list[Callable[[], None]] = []
         #: payload bytes since the start; `status.received_bytes` is about one payload
         self.received_total = 0
+        #: payload bytes that came before a release or an offer named their payload, whatever became of them
+        self.early_total = 0
 
     @property
     def status(self) -> WorkerStatus:
@@ -128,6 +130,11 @@ class Board:
             self.received_total += max(received - self._status.received_bytes, 0)
             self._status = replace(self._status, received_bytes=received, expected_bytes=expected)
         self._contact_s = self._listening_s = self._clock()
+
+    def received_early(self, size: int) -> None:
+        """So many bytes of a payload came that was not released yet."""
+        with self._lock:
+            self.early_total += size
 
     def show(
         self,

@@ -61,6 +61,10 @@ for command in (build, export, doctor):
 @click.option(
     "--state", required=True, type=FILE, metavar="DIR", help="This worker's own folder: its store and record."
 )
+@click.option(
+    "--share", type=FILE, metavar="DIR",
+    help="A folder that this host's workers share: each version is received, decoded and kept once.",
+)  # fmt: skip
 @click.option("--redis", metavar="URL", help="Server.  [REFLEET_REDIS; redis://127.0.0.1:6379]")
 @click.option("--read-from", metavar="URL", help="Read log and payloads from this replica.  [REFLEET_READ_FROM]")
 @click.option("--payload-redis", metavar="URL", help="Read payloads from this server.  [REFLEET_PAYLOAD_REDIS]")
@@ -87,7 +91,7 @@ for command in (build, export, doctor):
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line; its keys are in docs/worker.md.")
 @click.pass_obj
 def run(
-    found: Settings, model: str, engine: str, state: Path, redis: str | None, read_from: str | None,
+    found: Settings, model: str, engine: str, state: Path, share: Path | None, redis: str | None, read_from: str | None,
     payload_redis: str | None, worker_id: str | None, http: str | None, trust: Path | None, keep: int,
     on_serving: str | None, apply: str | None, contexts: int | None,
     bundle: Path | None, drain: float, heartbeat: float, as_json: bool,
@@ -103,7 +107,7 @@ def run(
         listen = parse_address(http) if http is not None else None
         trusted_path = trust or found.trust
         trusted = Trust.load(trusted_path) if trusted_path else None
-        with owned_state(state, worker=log.worker, model=model):
+        with owned_state(state, worker=log.worker, model=model, share=share):
             pass
         made = load_engine(
             engine, on_serving=on_serving, apply=apply, contexts=contexts, bundle=bundle, on_step=log.step
@@ -112,6 +116,7 @@ def run(
         worker = Worker(
             redis or found.redis, read_from=read_from or found.read_from or None,
             payload_redis=payload_redis or found.payload_redis or None, model=model, engine=made, state_dir=state,
+            share=share,
             worker_id=log.worker, trust=trusted,
             keep=keep, heartbeat_s=heartbeat, stale_after_s=_STALE_BEATS * heartbeat, drain_s=drain,
             poll_s=min(1.0, heartbeat), on_event=log.event,

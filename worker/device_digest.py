@@ -1,68 +1,76 @@
-"""`lin128`: a digest of a tensor's bytes that is computed where the tensor lies, with the same result on CPU and CUDA.
+"""The digest of a tensor, as `common.digest.tensor_digest` gives it, computed where the tensor lies.
 
-    level n: bytes in C order, as int8 rows of 4096, the last row filled up with zeros
-             x the n-th [4096 x 16] int8 key matrix
-             = 16 int32 sums a row, whose little-endian bytes (64 a row) are the input of level n + 1
-    until one row is left; a tensor without bytes has 64 zero bytes there
-    digest:  BLAKE3 of a label, dtype text, shape, number of bytes and that row
+A leaf of 64 KiB is what XXH3 calls 64 blocks of 16 stripes of 8 lanes (u64). Within a block its accumulation is a sum:
 
-A sum is at most 4096 * 128 * 128 = 2**26 and every way to compute it here is exact, so neither the order of summation
-nor the device, the kernel or the size of a block can change a bit. Rows stay rows from level to level: what moves to
-another place changes the digest as much as what changes in place.
+    key = lane ^ secret;   acc[i] += low32(key) * high32(key);   acc[i ^ 1] += lane
+
+so the sums of all blocks of all leaves are computed at once. Only between blocks the 8 accumulators are scrambled, 63
+times one after another, for many leaves at once. They leave the device, 64 bytes a leaf, and are merged on the host.
+Everything is integer arithmetic modulo 2**64: neither order nor device, nor the size of a piece can change a bit.
+
+What limits it on a GPU: a piece of 16 MiB is read or written 13 times by 9 kernels, mostly within the L2 cache, which
+takes about as long as starting them; and the scrambles are 315 starts of small kernels, 1 to 2 ms however few leaves
+there are. So tensors are better given together (`device_digests`): they share the scrambles of up to 768 MiB.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
+from itertools import accumulate, pairwise
 
+import numpy as np
 import torch
-from blake3 import blake3
+import xxhash
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ..common.digest import digest_of
-from ..common.limits import KIB, MIB
-from ..common.tensors import bits_of, spec_of
+from ..common.digest import LEAF_BYTES, TENSOR_LABEL, digest_of, tensor_digest_of
+from ..common.limits import MIB
+from ..common.tensors import bits_of, spec_of, tensor_blocks
 
-LABEL = b"refleet lin128 1\0"
-KEY_LABEL = b"refleet lin128 1 key\0"
-ROW, COLUMNS = 4096, 16  # bytes of a row; int32 sums of a row
-SUMS_BYTES = 4 * COLUMNS
+BLOCKS, STRIPES, LANES = 64, 16, 8  # of a leaf, of a block, of a stripe
+assert LEAF_BYTES == BLOCKS * STRIPES * LANES * 8
 
-#: Any multiple of this is a size for blocks: the rows that level 0 makes of one fill rows of level 1.
-_BLOCK_STEP = ROW * ROW // SUMS_BYTES
-assert _BLOCK_STEP == 256 * KIB
-#: Read in place, at most so much at a time. Scratch: 4 MiB of sums.
-BLOCK_BYTES = 256 * MIB
-#: What can't be read in place is gathered first. Scratch: a block, and a piece of the tensor on its way there.
-GATHER_BYTES = 32 * MIB
-#: Without an alignment in its arguments, cuBLASLt may choose a kernel for pointers aligned so far.
-_ALIGNMENT = 256
-#: `_int_mm` refuses 16 rows and fewer; its kernels work on 32.
-_LEAST_ROWS = 32
+#: Read at a time. Scratch: twice as much; twice more where it has to be gathered first.
+PIECE_BYTES = 16 * MIB
+#: Scrambled at a time, after 768 MiB of tensors. Scratch: 4 KiB each, 48 MiB in all.
+SCRAMBLED_LEAVES = 12 * 1024
+#: Of the ends of tensors, each less than a leaf, that are copied to the host at once.
+TAIL_BYTES = 4 * MIB
+
+_LOW32 = 0xFFFFFFFF
+_PRIME32 = 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D
+_PRIME64 = 0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5
+_START = _PRIME32[2], _PRIME64[0], _PRIME64[1], _PRIME64[2], _PRIME64[3], _PRIME32[1], _PRIME64[4], _PRIME32[0]
+#: XXH3's default secret, which is its key for seed 0
+_SECRET = bytes.fromhex(
+    "b8fe6c3923a44bbe7c01812cf721ad1cded46de9839097db7240a4a4b7b3671fcb79e64eccc0e578825ad07dccff7221"
+    "b8084674f743248ee03590e6813a264c3c2852bb91c300cb88d0658b1b532ea371644897a20df94e3819ef46a9deacd8"
+    "a8fa763fe39c343ff9dcbbc7c70b4f1d8a51e04bcdb45931c89f7ec9d9787364eac5ac8334d3ebc3c581a0fffa1363eb"
+    "170ddd51b7f0da49d316552629d4689e2b16be587d47a1fc8ff8b8d17ad031ce45cb3a8f95160428afd7fbcabb4b407e"
+)
 
 
 def device_digest(tensor: Tensor) -> bytes:
-    """32 bytes, equal for tensors of equal dtype, shape and bytes: any device, any strides. Only a row of 64 bytes
-    leaves the device. Scratch there: less than 128 MiB and 1/2048 of the tensor.
+    """32 bytes: `tensor_digest` of the bytes in C order; for one tensor, what `device_digests` is for several."""
+    (digest,) = device_digests([tensor])
+    return digest
 
-    Two tensors that were made without regard to the key collide with probability below 2**-125, over the choice of the
-    key. In a row that differs anywhere, each of the 16 sums is the same for at most one of the 256 values that one byte
-    of its key can have, so all of them are with at most 2**-128. Each of the at most 7 levels has a key of its own, so
-    this holds at each.
 
-    It finds accidental corruption: bit flips, lost or misplaced blocks, wrong arithmetic. The key is a constant in this
-    file, and whoever knows it can make another tensor with the same digest by solving linear equations: it is no proof
-    against an adversary. That takes BLAKE3 of the bytes.
+def device_digests(tensors: Iterable[Tensor]) -> Iterator[bytes]:
+    """`tensor_digest` of each tensor's bytes in C order, in their order; any dtypes, shapes, strides and devices.
 
+    On CUDA they are computed there, on the current stream; 64 bytes a leaf and each tensor's last bytes (less than a
+    leaf) come to the host. Scratch there: at most 128 MiB and 1/1024 of the largest tensor. Elsewhere on the host.
     Raises: UnreadableCheckpoint for a tensor without plain bytes.
     """
-    spec = spec_of("tensor", tensor)
-    row = _last_row(bits_of(tensor)) if spec.size_bytes else bytes(SUMS_BYTES)
-    dtype, dims = spec.dtype.encode(), len(spec.shape)
-    layout = f"<B{len(dtype)}sB{dims}QQ{SUMS_BYTES}s"  # every field has a length, so no two tensors share an input
-    return digest_of(LABEL, struct.pack(layout, len(dtype), dtype, dims, *spec.shape, spec.size_bytes, row))
+    for group in _groups(tensors):
+        if group[0].is_cuda:
+            yield from _computed(group)
+        else:
+            yield from (tensor_digest_of(tensor_blocks(tensor)) for tensor in group)
 
 
 def c_order_pieces(bits: Tensor, limit_bytes: int) -> Iterator[Tensor]:
@@ -87,117 +95,166 @@ def flat_bytes(bits: Tensor) -> Tensor:
     return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8)
 
 
-def _last_row(bits: Tensor) -> bytes:
-    several = bits.numel() * bits.element_size() > ROW
-    parts = []
-    for block in _blocks(bits):
-        sums = _level(block, 0)
-        parts.append(_level(sums, 1) if several else sums)
-    data, level = torch.cat(parts), 2
-    while data.numel() > SUMS_BYTES:
-        data, level = _level(data, level), level + 1
-    return data.cpu().numpy().tobytes()
+def _groups(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbours on one device, that share one run of scrambles and one copy of tails; a large tensor is alone."""
+    group: list[Tensor] = []
+    leaves = tail = 0
+    for tensor in tensors:
+        whole, rest = divmod(spec_of("tensor", tensor).size_bytes, LEAF_BYTES)
+        full = leaves + whole > SCRAMBLED_LEAVES or tail + rest > TAIL_BYTES
+        if group and (full or tensor.device != group[0].device):
+            yield group
+            group, leaves, tail = [], 0, 0
+        group.append(tensor)
+        leaves, tail = leaves + whole, tail + rest
+    if group:
+        yield group
 
 
-def _blocks(bits: Tensor) -> Iterator[Tensor]:
-    """The bytes in C order as rows of uint8 whose size is a multiple of `_BLOCK_STEP`, except for the last one's.
+def _computed(tensors: list[Tensor]) -> Iterator[bytes]:
+    """The digests of tensors of one device by the arithmetic above."""
+    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
+    tails: list[Tensor] = []
+    leaves = _leaf_digests(_whole_leaves(tensors, tails), [size // LEAF_BYTES for size in sizes])
+    ends = torch.cat(tails).cpu().numpy().data if tails else memoryview(b"")
+    # where each tensor's part of both begins and ends
+    of_leaves = pairwise(accumulate((size // LEAF_BYTES * 16 for size in sizes), initial=0))
+    of_ends = pairwise(accumulate((size % LEAF_BYTES for size in sizes), initial=0))
+    for size, (first, last), (start, stop) in zip(sizes, of_leaves, of_ends, strict=True):
+        end = xxhash.xxh3_128_digest(ends[start:stop]) if start < stop else b""
+        yield digest_of(TENSOR_LABEL, leaves[first:last], end, struct.pack("<Q", size))
 
-    A block is valid until the next is taken.
+
+def _whole_leaves(tensors: list[Tensor], tails: list[Tensor]) -> Iterator[Tensor]:
+    """All whole leaves in pieces of [n, 64, 16, 8] int64; what is left of each tensor is added to `tails` as uint8.
+
+    A piece is valid until the next is taken.
     """
-    if bits.is_contiguous() and (bits.device.type == "cpu" or bits.data_ptr() % _ALIGNMENT == 0):
-        yield from torch.split(flat_bytes(bits), BLOCK_BYTES)
+    for tensor in tensors:
+        for piece in _pieces(bits_of(tensor)):
+            count = piece.numel() // LEAF_BYTES
+            if count:
+                yield piece[: count * LEAF_BYTES].view(torch.int64).view(count, BLOCKS, STRIPES, LANES)
+            if piece.numel() % LEAF_BYTES:
+                tails.append(piece[count * LEAF_BYTES :].clone())  # of a piece that is filled again
+
+
+def _pieces(bits: Tensor) -> Iterator[Tensor]:
+    """The bytes in C order as rows of uint8 that can be viewed as int64: PIECE_BYTES each, but for the last one.
+
+    A piece is valid until the next is taken.
+    """
+    size = bits.numel() * bits.element_size()
+    # torch wants the offset in the storage to fit, kernels the address; they differ where the storage is foreign memory
+    aligned = bits.data_ptr() % 8 == 0 and bits.storage_offset() * bits.element_size() % 8 == 0
+    if bits.is_contiguous() and aligned:
+        yield from torch.split(flat_bytes(bits), PIECE_BYTES) if size else ()
         return
-    size = min(GATHER_BYTES, bits.numel() * bits.element_size())
-    block, filled = torch.empty(size, dtype=torch.uint8, device=bits.device), 0
-    for piece in c_order_pieces(bits, GATHER_BYTES):
-        data = flat_bytes(piece)
+    piece, filled = torch.empty(min(PIECE_BYTES, size), dtype=torch.uint8, device=bits.device), 0
+    for part in c_order_pieces(bits, PIECE_BYTES):
+        data = flat_bytes(part)
         while data.numel():
-            part = data[: size - filled]
-            block[filled : filled + part.numel()].copy_(part)
-            filled, data = filled + part.numel(), data[part.numel() :]
-            if filled == size:
-                yield block
+            some = data[: piece.numel() - filled]
+            piece[filled : filled + some.numel()].copy_(some)
+            filled, data = filled + some.numel(), data[some.numel() :]
+            if filled == piece.numel():
+                yield piece
                 filled = 0
-        del data, part  # any view of a copy keeps all of it, while the next one is made
+        del data, some  # any view of a copy keeps all of it, while the next one is made
     if filled:
-        yield block[:filled]
+        yield piece[:filled]
 
 
-def _level(data: Tensor, level: int) -> Tensor:
-    """The bytes of one level's sums of `data`, a row of bytes."""
-    whole = data.numel() // ROW * ROW
-    parts = [_sums(data[:whole].view(torch.int8).view(-1, ROW), level)] if whole else []
-    if whole < data.numel():
-        row = torch.zeros(1, ROW, dtype=torch.uint8, device=data.device)
-        row[0, : data.numel() - whole].copy_(data[whole:])
-        parts.append(_sums(row.view(torch.int8), level))
-    return torch.cat(parts).view(-1).view(torch.uint8)
+def _leaf_digests(pieces: Iterator[Tensor], counts: list[int]) -> bytes:
+    """XXH3-128 of every leaf, 16 bytes each. `counts`: how many leaves each tensor has. Uses up `pieces`."""
+    total, filled = sum(counts), 0
+    sums = scratch = None
+    accumulators: list[Tensor] = []
+    for piece in pieces:
+        if sums is None or scratch is None:
+            sums = piece.new_empty(min(total, SCRAMBLED_LEAVES), BLOCKS, LANES)
+            most = min(max(counts), PIECE_BYTES // LEAF_BYTES)
+            scratch = piece.new_empty(2, most, BLOCKS, STRIPES, LANES)
+        while piece.size(0):
+            some = piece[: sums.size(0) - filled]
+            _sum_blocks(some, scratch[:, : some.size(0)], into=sums[filled : filled + some.size(0)])
+            filled, piece = filled + some.size(0), piece[some.size(0) :]
+            if filled == sums.size(0):
+                accumulators.append(_scrambled(sums))
+                filled = 0
+    if sums is not None and filled:
+        accumulators.append(_scrambled(sums[:filled]))
+    del sums, scratch
+    return _merged(torch.cat(accumulators).cpu().numpy().view(np.uint64)) if accumulators else b""
 
 
-def _sums(rows: Tensor, level: int) -> Tensor:
-    """`rows` x the key of this level, as int32."""
-    if rows.is_cuda and _int_mm_is_exact(rows.device):
-        return _int_mm(rows, level)
-    return _float_sums(rows, level)
+def _sum_blocks(lanes: Tensor, scratch: Tensor, *, into: Tensor) -> None:
+    """What each block adds to the accumulators: [n, 64, 16, 8] -> [n, 64, 8], int64. `scratch`: two like `lanes`."""
+    key, low = scratch[0], scratch[1]
+    torch.bitwise_xor(lanes, _keys(lanes.device), out=key)
+    torch.bitwise_and(key, _LOW32, out=low)
+    key.bitwise_right_shift_(32).bitwise_and_(_LOW32).mul_(low)  # the shift is arithmetic: the mask makes it unsigned
+    torch.sum(key, dim=2, out=into)
+    plain = torch.sum(lanes, dim=2)
+    into.add_(plain.view(-1, BLOCKS, LANES // 2, 2).flip(-1).view_as(plain))
 
 
-def _int_mm(rows: Tensor, level: int) -> Tensor:
-    count = rows.size(0)
-    if count < _LEAST_ROWS:
-        rows = torch.cat((rows, rows.new_zeros(_LEAST_ROWS - count, ROW)))
-    # a transposed view: int8 kernels want the second matrix in columns
-    return torch._int_mm(rows, _key(level, rows.device).t())[:count]
+def _scrambled(sums: Tensor) -> Tensor:
+    """The accumulators of each leaf before the last merge: [n, 64, 8] -> [n, 8], int64."""
+    start, key = _constants(sums.device)
+    acc = sums[:, 0] + start
+    high = torch.empty_like(acc)
+    for block in range(1, BLOCKS):
+        torch.bitwise_right_shift(acc, 47, out=high)
+        acc.bitwise_xor_(high.bitwise_and_((1 << 17) - 1)).bitwise_xor_(key)
+        torch.add(sums[:, block], acc, alpha=_PRIME32[0], out=acc)  # the scramble's product and the next block's sum
+    return acc
 
 
-def _float_sums(rows: Tensor, level: int) -> Tensor:
-    """Exact without integer kernels, which are slow on most CPUs, and may saturate at int16 on those without VNNI.
+@cache
+def _keys(device: torch.device) -> Tensor:
+    """What every lane of a leaf is combined with: [64, 16, 8] int64.
 
-    float32, a quarter of a row at a time: 1024 products of at most 2**14 add up to at most 2**24, and so does any part
-    of such a sum. All of these are integers that float32 holds exactly, so nothing is ever rounded, in any order, with
-    or without FMA. Inputs in bfloat16, which torch may be told to use, change nothing: it holds every int8.
-    float64 elsewhere, where float32 may be TF32 with accumulators of fewer bits: whole rows, up to 2**26 of its 2**53.
+    The same in each block, but for the last stripe, which XXH3 reads apart from the others, with a place of its own.
     """
-    on_cpu = rows.device.type == "cpu"
-    width, dtype, tile = (ROW // 4, torch.float32, 256) if on_cpu else (ROW, torch.float64, 1024)
-    key = _float_key(level, rows.device, dtype)
-    sums = torch.zeros(rows.size(0), COLUMNS, dtype=torch.int32, device=rows.device)
-    scratch = torch.empty(min(tile, rows.size(0)), ROW, dtype=dtype, device=rows.device)
-    with torch.autocast(rows.device.type, enabled=False):  # it would round the results to bfloat16
-        for some, into in zip(torch.split(rows, tile), torch.split(sums, tile), strict=True):
-            values = scratch[: some.size(0)].copy_(some)
-            for start in range(0, ROW, width):
-                into += (values[:, start : start + width] @ key[start : start + width]).to(torch.int32)
-    return sums
+    words = np.stack([np.frombuffer(_SECRET, "<i8", LANES, 8 * stripe) for stripe in range(STRIPES)])
+    keys = np.repeat(words[None], BLOCKS, axis=0)
+    keys[-1, -1] = np.frombuffer(_SECRET, "<i8", LANES, len(_SECRET) - 64 - 7)
+    # made on the CPU: a kernel that made it there would still have to be waited for by every other stream
+    return torch.from_numpy(keys).to(device)
 
 
 @cache
-def _int_mm_is_exact(device: torch.device) -> bool:
-    """Whether `torch._int_mm` runs on this device and gives the CPU's integers: few and many rows, the largest sums.
-
-    Some builds refuse its shapes, and some versions of cuBLAS were wrong in silence.
-    """
-    key = _key(0, device)
-    largest = torch.where(key > 0, 127, -128).to(torch.int8)  # row n makes the largest n-th sum
-    noise = (torch.arange(1024 * ROW, dtype=torch.int32, device=device) * 0x3C6EF372 >> 24).to(torch.int8)
-    rows = torch.cat((largest, noise.view(-1, ROW)))
-    wanted = _float_sums(rows.cpu(), 0)
-    try:
-        return all(torch.equal(_int_mm(rows[:count], 0).cpu(), wanted[:count]) for count in (1, COLUMNS, rows.size(0)))
-    except torch.OutOfMemoryError:
-        raise
-    except (AttributeError, RuntimeError):  # not in this build, or not for this device
-        return False
+def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
+    """What accumulators start with, and the key of a scramble: [8] int64 each."""
+    start = np.array(_START, np.uint64).view(np.int64)
+    key = np.frombuffer(_SECRET, "<i8", LANES, len(_SECRET) - 64).copy()
+    return torch.from_numpy(start).to(device), torch.from_numpy(key).to(device)
 
 
-@cache
-def _key(level: int, device: torch.device) -> Tensor:
-    """The key matrix of a level, transposed: [16 x 4096] int8, the next 64 KiB of BLAKE3's output for one label."""
-    size = COLUMNS * ROW
-    stream = bytearray(blake3(KEY_LABEL).digest(length=size, seek=level * size))
-    return torch.frombuffer(stream, dtype=torch.int8).view(COLUMNS, ROW).to(device)
+def _merged(acc: NDArray[np.uint64]) -> bytes:
+    """XXH3-128 in canonical form of leaves with these accumulators: [n, 8] -> 16 bytes each."""
+    low = _merge(acc, 11, LEAF_BYTES * _PRIME64[0])
+    high = _merge(acc, len(_SECRET) - 64 - 11, ~(LEAF_BYTES * _PRIME64[1]))
+    return np.stack([high, low], axis=1).astype(">u8").tobytes()
 
 
-@cache
-def _float_key(level: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    # made on the CPU: a kernel that made it here would still have to be waited for by every other stream
-    return _key(level, torch.device("cpu")).t().to(dtype).contiguous().to(device)
+def _merge(acc: NDArray[np.uint64], at: int, start: int) -> NDArray[np.uint64]:
+    """One half: `at` is its place in the secret. [n, 8] -> [n]"""
+    mixed = acc ^ np.frombuffer(_SECRET, "<u8", LANES, at)
+    one, two = mixed[:, 0::2], mixed[:, 1::2]
+    (one_low, one_high), (two_low, two_high) = (_halves(one), _halves(two))
+    # the upper 64 bits of a product of 128; no sum in here is larger than 2**64 - 1
+    cross, other = one_low * two_high, one_high * two_low
+    middle = _halves(one_low * two_low)[1] + _halves(cross)[0] + other
+    upper = one_high * two_high + _halves(cross)[1] + _halves(middle)[1]
+    folded = (one * two) ^ upper
+    found: NDArray[np.uint64] = folded.sum(axis=1, dtype=np.uint64) + np.uint64(start % (1 << 64))
+    found ^= found >> np.uint64(37)
+    found *= np.uint64(0x165667919E3779F9)
+    found ^= found >> np.uint64(32)
+    return found
+
+
+def _halves(values: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    return values & np.uint64(_LOW32), values >> np.uint64(32)

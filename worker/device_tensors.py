@@ -10,11 +10,11 @@ from contextlib import suppress
 
 from torch import Tensor, nn
 
+from ..common.digest import tensor_digest_of
 from ..common.errors import NotRefittable, RefleetError
 from ..common.types import Manifest, TensorSpec
 from .device_copy import Staging, put_changed
-from .device_digest import device_digest
-from .engine import StagedVersion
+from .engine import Digest, StagedVersion
 from .torch_engine import TorchEngine
 
 
@@ -26,7 +26,6 @@ class DeviceTensors:
         self._torch = TorchEngine(module, write=self._write)
         self._staging = Staging()
         self._given: dict[str, StagedVersion] = {}  # the version whose bytes each tensor was given
-        self._hashed: dict[str, tuple[bytes | None, bytes]] = {}  # (digest on the device, BLAKE3) of equal bytes
 
     def check(self, manifest: Manifest) -> None:
         """Raise NotRefittable, naming the tensor, unless names, dtypes and shapes are the version's."""
@@ -45,22 +44,9 @@ class DeviceTensors:
         self._torch.apply(staged, names)
         self._staging.finish()
 
-    def read_back(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
-        """(name, BLAKE3) of what the memory holds. Raises: DigestMismatch naming a tensor that is not there.
-
-        A tensor that was read and hashed twice since it was written is compared by a digest on the device afterwards.
-        """
-        live = {name: tensor.detach() for name, tensor in self.module.state_dict(keep_vars=True).items()}
-        for name in names:
-            known = self._hashed.get(name)
-            if known is not None and known[0] is not None and known[0] == device_digest(live[name]):
-                yield name, known[1]
-                continue
-            ((_, digest),) = self._torch.read_back([name])
-            # not at once: an update that is followed by the next one would pay for a digest that nobody asks for
-            quick = device_digest(live[name]) if known is not None and live[name].is_cuda else None
-            self._hashed[name] = (quick, digest)
-            yield name, digest
+    def read_back(self, names: Iterable[str], digest: Digest = tensor_digest_of) -> Iterator[tuple[str, bytes]]:
+        """(name, digest) of what the memory holds. Raises: DigestMismatch naming a tensor that is not there."""
+        return self._torch.read_back(names, digest)
 
     def _write(self, staged: StagedVersion, spec: TensorSpec, live: Tensor) -> None:
         """Of a tensor whose bytes are known, only what changed, where that is little."""
@@ -70,7 +56,6 @@ class DeviceTensors:
             with suppress(RefleetError):  # retention may have dropped it
                 old = before.read(spec.name)
         self._given.pop(spec.name, None)  # until it is written, it is neither
-        self._hashed.pop(spec.name, None)
         if old is None:
             self._staging.copy(new, live, name=spec.name)
         else:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping
-from typing import Protocol
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
+from ..common.digest import tensor_digest_of
 from ..common.errors import NotRefittable
 from ..common.messages import Serving
 from ..common.types import Manifest, TensorSpec
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+#: of a tensor's bytes, which come in blocks that are valid until the next is taken
+Digest: TypeAlias = "Callable[[Iterable[Buffer]], bytes]"
 
 NEXT_SPECS = (
     "publish a version with the names, dtypes and shapes that the engine has, or start the worker with its engine"
@@ -76,9 +83,10 @@ class Engine(Protocol):
         """
         ...
 
-    def read_back(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
-        """(name, BLAKE3 digest) of what the engine really holds now, never of what it was given.
+    def read_back(self, names: Iterable[str], digest: Digest = tensor_digest_of) -> Iterator[tuple[str, bytes]]:
+        """(name, digest) of what the engine really holds now, never of what it was given.
 
+        `tensor_digest_of` may be computed where the weights are; any other `digest` gets the bytes.
         Raises: DigestMismatch naming a tensor that it does not hold at all.
         """
         ...

@@ -15,7 +15,7 @@ from ..common.store import Store
 from ..common.types import Manifest
 from .engine import Engine, named_few
 from .prove import first_difference
-from .state import STATE, WorkerState, damaged, probe_name
+from .state import STATE, WorkerState, damaged, probe_name, shared_by
 
 _WHERE = "name the --state folder of a worker"
 _PREFIX = re.compile(r"[0-9a-f]{8,64}\Z")
@@ -45,7 +45,9 @@ def opened(state_dir: Path) -> Iterator[Store]:
         raise UsageError(
             f"there is no worker's state folder at {state_dir}", next="name the --state folder of a worker"
         )
-    with Store(state_dir) as store:
+    with Store(state_dir) as own:
+        shared = shared_by(own)
+    with Store(state_dir, shared=shared) as store:
         yield store
 
 

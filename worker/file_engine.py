@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..common.crashpoint import crash_point
-from ..common.digest import TensorHasher, tensor_digest
+from ..common.digest import tensor_digest, tensor_digest_of
 from ..common.errors import DigestMismatch, NotRefittable, RefitFailed, UsageError
 from ..common.limits import KIB, LIMITS
 from ..common.messages import Serving
 from ..common.records import sync_folder
 from ..common.types import Manifest, TensorSpec
-from .engine import StagedVersion, check_specs
+from .engine import Digest, StagedVersion, check_specs
 from .on_serving import parse_command, run_command
 
 READ_BYTES = 1024 * KIB  # stays in the L2 cache between the read and the hash
@@ -136,7 +136,7 @@ class FileEngine:
                 _write_all(file, data)
             os.fsync(file.fileno())
 
-    def read_back(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+    def read_back(self, names: Iterable[str], digest: Digest = tensor_digest_of) -> Iterator[tuple[str, bytes]]:
         buffer = memoryview(bytearray(READ_BYTES))
         try:
             with open(self.path, "rb", buffering=0) as file:
@@ -145,7 +145,7 @@ class FileEngine:
                     if name not in held:
                         raise DigestMismatch(f"{self.path} has no tensor {name!r}", tensor=name)
                     spec, start = held[name]
-                    yield name, _digest_range(file, start, spec.size_bytes, buffer)
+                    yield name, digest(_range(file, start, spec.size_bytes, buffer))
         except (OSError, ValueError) as error:
             raise DigestMismatch(f"{self.path} can't be read back: {error}") from error
 
@@ -223,16 +223,16 @@ def _read_header(file: BinaryIO) -> dict[str, tuple[TensorSpec, int]]:
     return held
 
 
-def _digest_range(file: BinaryIO, start: int, size_bytes: int, buffer: memoryview) -> bytes:
-    hasher, left = TensorHasher(), size_bytes
+def _range(file: BinaryIO, start: int, size_bytes: int, buffer: memoryview) -> Iterator[memoryview]:
+    """So many bytes of the file, in blocks that are valid until the next is taken."""
+    left = size_bytes
     file.seek(start)
     while left:
         count = file.readinto(buffer[: min(left, len(buffer))])  # type: ignore[attr-defined]
         if not count:
             raise ValueError("it ends inside a tensor")
-        hasher.update(buffer[:count])
+        yield buffer[:count]
         left -= count
-    return hasher.digest()
 
 
 def _write_all(file: BinaryIO, data: memoryview) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from ..common import wire
 from ..common.errors import MalformedRecord, ProtocolError, ReplayedRelease, StaleEpoch, StreamError, StreamReset
 from ..common.limits import LIMITS
-from ..common.messages import Failure, Offer, Release, VerifyRequest
+from ..common.messages import Coming, Failure, Offer, Release, VerifyRequest
 from ..common.signing import Trust, open_envelope
 from ..common.stream import NOTHING, Entries, LogId, Stream
 from ..common.types import PayloadRef
@@ -25,6 +25,7 @@ class News:
     accepted: Release | None = None  # the newest, if any
     restructure: bool = False  # whether it or one that it overtook may have other names, dtypes or shapes
     repeated: bool = False  # the accepted release came again, or the server did: acknowledge it again
+    coming: Coming | None = None  # the newest payload that is being written from now on
     asks: list[VerifyRequest] = field(default_factory=list)
     refused: list[Failure] = field(default_factory=list)
 
@@ -40,11 +41,11 @@ class Follower:
         self._offers: deque[PayloadRef] = deque(maxlen=LIMITS.control_entries)
         self._seen_asks: deque[str] = deque(maxlen=LIMITS.control_entries)
         self._away = False  # the server did not answer the last time
-        # requests that are older than this worker are not for it
+        # requests and announcements that are older than this worker are not for it
         self._first, self._older = True, (0, 0)
 
     def begin(self, stream: Stream) -> None:
-        """From now on requests are for this worker. Without this call: from the end of the first `read` on.
+        """From now on requests and announcements are for this worker. Without this call: after the first `read`.
 
         Raises: StreamError.
         """
@@ -135,18 +136,24 @@ class Follower:
         return release
 
     def _control_entry(self, control_id: str, data: bytes, news: News) -> None:
-        record = wire.unpack_any(open_envelope(data, self._trust).payload, (Offer, VerifyRequest))
-        assert isinstance(record, Offer | VerifyRequest)
+        record = wire.unpack_any(open_envelope(data, self._trust).payload, (Coming, Offer, VerifyRequest))
+        assert isinstance(record, Coming | Offer | VerifyRequest)
         if record.model != self.model:
             raise MalformedRecord(f"a record of model {record.model!r}")
+        for_this_worker = not self._first and _control_id(control_id) > self._older
+        if isinstance(record, VerifyRequest):
+            if record.nonce not in self._seen_asks:
+                self._seen_asks.append(record.nonce)
+                if for_this_worker:
+                    news.asks.append(record)
+            return
+        if self.accepted and record.epoch < self.accepted.epoch:
+            what = "an offer" if isinstance(record, Offer) else "an announcement"
+            raise StaleEpoch(f"{what} of epoch {record.epoch}, superseded by epoch {self.accepted.epoch}")
         if isinstance(record, Offer):
-            if self.accepted and record.epoch < self.accepted.epoch:
-                raise StaleEpoch(f"an offer of epoch {record.epoch}, superseded by epoch {self.accepted.epoch}")
             self._offers.append(record.payload)
-        elif record.nonce not in self._seen_asks:
-            self._seen_asks.append(record.nonce)
-            if not self._first and _control_id(control_id) > self._older:
-                news.asks.append(record)
+        elif for_this_worker:  # an older one was released meanwhile, or given up
+            news.coming = record
 
 
 def _control_id(text: str) -> tuple[int, int]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from ..common.digest import digest_of, tensor_digest
+from ..common.digest import digest_of, tensor_digest_of
 from ..common.errors import DigestMismatch, RefitFailed
 from ..common.messages import Serving
 from ..common.types import Manifest, TensorSpec
-from .engine import StagedVersion, check_specs
+from .engine import Digest, StagedVersion, check_specs
 
 
 class MemoryEngine:
@@ -76,12 +76,12 @@ class MemoryEngine:
             self.specs = staged.manifest.specs
             self.tensors = {name: data for name, data in self.tensors.items() if name in self.specs}
 
-    def read_back(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+    def read_back(self, names: Iterable[str], digest: Digest = tensor_digest_of) -> Iterator[tuple[str, bytes]]:
         held = self.tensors | self._side
         for name in names:
             if name not in held:
                 raise DigestMismatch(f"the engine holds no tensor {name!r}", tensor=name)
-            yield name, tensor_digest(held[name])
+            yield name, digest([held[name]])
 
     def content_digest(self) -> bytes | None:
         """None: a dict has no serialized form of its own."""

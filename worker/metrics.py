@@ -97,6 +97,9 @@ class _Facts(Collector):
         yield _gauge("refleet_worker_up", "1 while the worker follows the fleet.", worker.alive)
         yield _gauge("refleet_worker_start_time_seconds", "When it started, Unix time.", status.started_at_ms / 1000)
         yield CounterMetricFamily("refleet_worker_received_bytes", "Payload bytes received.", board.received_total)
+        yield CounterMetricFamily(
+            "refleet_worker_early_bytes", "Payload bytes that came before their release.", board.early_total
+        )
         yield CounterMetricFamily("refleet_worker_refused_records", "Records not acted on.", status.refused)
 
 

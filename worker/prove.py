@@ -1,4 +1,4 @@
-"""What the engine really holds, proven: tensor by tensor, by its probe, and on demand as a whole.
+"""What the engine really holds, proven: tensor by tensor, by its probe, and on demand cryptographically and as a whole.
 
 Probe outputs and digests of whole engines are compared with what this engine build gave at this version the first time,
 which the worker's store keeps.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from ..common.digest import blake3_of, proof_of
 from ..common.errors import DigestMismatch, NotServing, ProbeMismatch, RefitFailed, RefleetError, StoreError
 from ..common.messages import Serving, Verified, VerifyRequest
 from ..common.store import Store
@@ -33,7 +34,7 @@ def prove_tensors(engine: Engine, staged: Staged, changed: frozenset[str]) -> No
     """Read back what was written, or is about to be. Raises: DamagedTensor, RefitFailed, or what `read_back` raises."""
     name = first_difference(engine, staged.manifest, changed)
     if name is not None:
-        staged.verify([name])  # bit rot between staging and applying is the store's fault, not the engine's
+        staged.recheck(name)  # bit rot between staging and applying is the store's fault, not the engine's
         raise RefitFailed(f"after the refit the engine holds other bytes in {name!r} than it was given", tensor=name)
 
 
@@ -59,21 +60,23 @@ def answer(
     engine: Engine, store: Store, ask: VerifyRequest, serving: Serving | None, holds: Manifest | None, *,
     reason: str | None, warn: Callable[[str], None],
 ) -> tuple[Verified, RefleetError | None]:  # fmt: skip
-    """Read back everything, and in a deep request hash the engine as a whole; with the error if that is not as it must.
+    """Read back everything, and in a deep request prove its content by BLAKE3 and hash the engine as a whole; with the
+    error if that is not as it must. Whether the proof is right only the publisher can tell.
 
     Args: `serving` and `holds` what is served, as its version and its tensors; `reason` why nothing is; `warn` hears
     when the digest of a whole engine could not be recorded.
     """
     if serving is None or holds is None:
         note = "nothing is served" if ask.deep else ""
-        return Verified(ask.nonce, False, 0, None, None, note), NotServing(reason or "nothing is served")
-    found = Verified(ask.nonce, True, len(holds.tensors), None, None, "")
+        return Verified(ask.nonce, False, 0, None, None, note, None), NotServing(reason or "nothing is served")
+    found = Verified(ask.nonce, True, len(holds.tensors), None, None, "", None)
     try:
         bad = first_difference(engine, holds)
         if bad is not None:
             what = f"the engine holds other bytes in {bad!r} than version {serving.version!r}"
             raise DigestMismatch(what, tensor=bad)
         if ask.deep:
+            found = replace(found, proof=_proof(engine, holds))
             content = engine.content_digest()
             found = replace(found, engine=content, note="" if content else NO_FORM)
             if content and not _as_before(store, content_name(engine.build, holds.fingerprint), content, warn):
@@ -86,6 +89,11 @@ def answer(
     except Exception as raised:  # the engine is the user's code
         error = RefitFailed(f"the engine could not be read back: {type(raised).__name__}: {raised}")
     return replace(found, ok=False, first_bad=error.tensor), error
+
+
+def _proof(engine: Engine, holds: Manifest) -> bytes:
+    held = dict(engine.read_back([entry.spec.name for entry in holds.tensors], blake3_of))
+    return proof_of((entry.spec, held[entry.spec.name]) for entry in holds.tensors)
 
 
 def _as_before(store: Store, record: str, digest: bytes, warn: Callable[[str], None]) -> bool:

@@ -8,12 +8,22 @@ previous version goes on being served, and the ack says why).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 
 from ..common.crashpoint import crash_point
-from ..common.errors import DamagedTensor, Quarantined, RefitFailed, RefleetError, StoreFull, StreamError, StreamGap
+from ..common.errors import (
+    DamagedTensor,
+    Quarantined,
+    RefitFailed,
+    RefleetError,
+    StoreBusy,
+    StoreFull,
+    StreamError,
+    StreamGap,
+    UnknownVersion,
+)
 from ..common.limits import LIMITS
 from ..common.messages import Ack, Evidence, Failure, Release, Serving, Verified, VerifyRequest, Want
 from ..common.store import Store
@@ -23,6 +33,7 @@ from .acks import Acks
 from .anchors import Anchors
 from .apply import Clock, switch, verify
 from .board import APPLYING, FAILED, QUARANTINED, RECEIVING, SERVING, WAITING, Board, failure_of
+from .early import Early
 from .engine import Engine
 from .follow import Follower
 from .gate import Gate
@@ -30,6 +41,7 @@ from .prove import answer
 from .receive import BAD_PAYLOAD, Holdings, choose
 from .stage import stage
 from .state import Goal, Staged, WorkerState, save
+from .turn import turn
 
 #: after this many bad payloads towards one release the worker says that it failed, and takes its time with the next
 _BAD_PAYLOADS = 5
@@ -41,7 +53,7 @@ class Pursuit:
 
     def __init__(
         self, stream: Stream, store: Store, engine: Engine, gate: Gate, board: Board, state: WorkerState,
-        follower: Follower, acks: Acks, *, keep: int, drain_s: float,
+        follower: Follower, acks: Acks, *, keep: int, drain_s: float, stopping: Callable[[], bool],
     ):  # fmt: skip
         self._stream, self._store, self._engine, self._gate, self._board = stream, store, engine, gate, board
         self._state, self._follower, self._keep, self._drain_s = state, follower, keep, drain_s
@@ -52,8 +64,9 @@ class Pursuit:
         self._bad_payloads = 0
         self._want: Want | None = None
         self._retry_s = 0.0
-        self._acks = acks
+        self._acks, self._stopping = acks, stopping
         self.anchors = Anchors(store, warn=board.warn)
+        self.early = Early(stream, store, on_bytes=board.received_early)
 
     @property
     def has_work(self) -> bool:
@@ -71,7 +84,8 @@ class Pursuit:
             manifest = self._store.manifest(serving.fingerprint)
             self._store.memory.pin(manifest.digests)
             staged = Staged(self._store, serving, manifest, goal.restructure)
-            verify(staged, holds=None, clock=clock)
+            with turn(self._store, stopping=self._stopping):  # whoever comes first rebuilds it for all
+                verify(staged, holds=None, clock=clock)
             self._switch(goal, staged, 0, clock)
         except DamagedTensor as error:
             self._forget(error)
@@ -87,6 +101,7 @@ class Pursuit:
         self._state = replace(self._state, release=release, restructure=restructure or self._state.restructure)
         self._refused, self._bad_payloads, self._want, self._retry_s, self._failed = [], 0, None, 0.0, {}
         save(self._store, self._state)
+        self.early.drop(but=release.payload)
         self._board.show(self._board.state, epoch=release.epoch)
 
     def acknowledge_again(self) -> None:
@@ -156,11 +171,10 @@ class Pursuit:
     def _stage(self, goal: Goal, clock: Clock) -> tuple[Manifest | None, int]:
         """The manifest once the goal is in the store, and the payload bytes that took; None while bytes are missing."""
         target = goal.serving.fingerprint
-        holdings = self._holdings()
-        if holdings.complete(self._store, target):
-            manifest = self._store.manifest(target)
-            self._engine.check(manifest, restructure=goal.restructure)
+        self._store.keep((*self._state.recent, target))
+        if manifest := self._at_hand(goal):
             return manifest, 0
+        holdings = self._holdings()
         announced = [goal.payload] if goal.payload else []
         ref = choose(announced + self._follower.offers(target), holdings, refused=self._refused)
         if ref is None:
@@ -173,9 +187,15 @@ class Pursuit:
         )  # fmt: skip
         self._store.memory.trim()  # the version before this one: its buffers take the next
         try:
-            with clock.phase("stage"):
+            with (
+                clock.phase("stage"),
+                self.early.of(ref, stopping=self._stopping) as early,
+                turn(self._store, stopping=self._stopping),
+            ):
+                if manifest := self._at_hand(goal):  # another worker of this host staged it meanwhile
+                    return manifest, 0
                 manifest = stage(
-                    self._stream, self._store, ref,
+                    self._stream, self._store, ref, early=early,
                     check=partial(self._engine.check, restructure=goal.restructure), on_progress=self._board.progress,
                     on_received=lambda: self._ack(goal.serving, Evidence.RECEIVED),
                 )  # fmt: skip
@@ -190,6 +210,18 @@ class Pursuit:
             return None, 0
         self._show_holdings()
         return manifest, self._board.status.received_bytes
+
+    def _at_hand(self, goal: Goal) -> Manifest | None:
+        """The goal's manifest if all of it is in the store: it costs no byte. Raises: NotRefittable."""
+        target = goal.serving.fingerprint
+        try:
+            manifest = self._store.manifest(target)
+        except UnknownVersion:
+            return None
+        if self._store.missing(manifest):
+            return None
+        self._engine.check(manifest, restructure=goal.restructure)
+        return manifest
 
     def _refuse(self, goal: Goal, ref: PayloadRef, error: RefleetError) -> None:
         """A payload that proved bad: another one will do. After some of them the release counts as failed for now."""
@@ -278,8 +310,9 @@ class Pursuit:
 
     def _collect(self) -> None:
         try:
-            if not self.anchors.busy:  # else it holds the store, and the next switch collects
-                self._store.collect(self._state.recent)
+            self._store.collect(self._state.recent)
+        except StoreBusy:  # a version is being staged here or written whole: the next switch collects
+            return
         except RefleetError as error:  # housekeeping must not undo a switch that is proven and durable
             self._board.warn(f"could not remove old versions: {error.what}")
 

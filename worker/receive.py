@@ -23,6 +23,7 @@ from ..common.limits import LIMITS
 from ..common.store import Store
 from ..common.stream import PayloadReader, Stream
 from ..common.types import Index, PayloadRef
+from .early import Arrival
 
 #: what a payload raises that is all there and wrong: another one may be right
 BAD_PAYLOAD = (DigestMismatch, MalformedRecord, LimitExceeded, WrongBase)
@@ -54,10 +55,6 @@ class Holdings:
                 have.append(fingerprint)
                 lacks.update(dict.fromkeys(sorted(missing)))
         return cls(tuple(have), tuple(lacks))
-
-    def complete(self, store: Store, fingerprint: bytes) -> bool:
-        """Whether every tensor of this version is here: staging it moves no byte."""
-        return fingerprint in self.have and not store.missing(store.manifest(fingerprint))
 
 
 def choose(candidates: Iterable[PayloadRef], holdings: Holdings, *, refused: Iterable[str]) -> PayloadRef | None:
@@ -94,15 +91,15 @@ class Body:
     """The body of one payload, read front to back; chunks are fetched and verified by a thread ahead of the reader.
 
     Use as a context manager: leaving it ends the thread. `on_chunk` is called by that thread with every verified chunk,
-    in order; it must not keep the view.
+    in order; it must not keep the view. Chunks that came `early` are not fetched.
     """
 
     def __init__(
         self, stream: Stream, ref: PayloadRef, index: Index, numbers: list[int], *,
-        on_chunk: Callable[[memoryview], None],
+        early: Arrival | None, on_chunk: Callable[[memoryview], None],
     ):  # fmt: skip
         self._stream, self._ref, self._index, self._numbers = stream, ref, index, numbers
-        self._on_chunk = on_chunk
+        self._early, self._on_chunk = early, on_chunk
         # received into memory that is used again: chunks on their way, the one being read, and the next one
         self._free: queue.Queue[memoryview] = queue.Queue()
         for _ in range(_AHEAD + 2):
@@ -166,12 +163,18 @@ class Body:
     def _fetch(self, reader: PayloadReader, number: int, buffer: memoryview) -> int:
         index = self._index
         size = min(index.chunk_bytes, index.body_bytes - number * index.chunk_bytes)
+
+        def right(found: int | None) -> bool:
+            return found == size and digest_of(buffer[:size]) == index.chunks[number]
+
+        if self._early is not None and right(self._early.read(number, buffer)):
+            return size
         for _ in range(_READS):
             try:
                 found = reader.read(number, buffer)
             except LimitExceeded:
                 found = -1
-            if found == size and digest_of(buffer[:size]) == index.chunks[number]:
+            if right(found):
                 return size
             if self._stop.is_set():
                 raise StreamGap("stopped")

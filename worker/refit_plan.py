@@ -124,7 +124,7 @@ class RefitPlan:
     def affected(self, changed: Iterable[str], digests: Mapping[str, bytes] | None = None) -> list[Address]:
         """Every weight that depends on a changed tensor, each once, in the plan's order.
 
-        `digests`: BLAKE3 of the version's tensors, by name. Raises: NotRefittable, naming the tensor, when the plan
+        `digests`: those of the version's tensors, by name. Raises: NotRefittable, naming the tensor, when the plan
         can't prove that it knows all of them.
         """
         touched: set[Address] = set()

@@ -3,8 +3,8 @@
 Order of checks: the target's manifest against the signed fingerprint and the engine's own names, dtypes and shapes
 first, with only the index fetched; then every chunk and every rebuilt tensor against its digest.
 
-A delta that builds on a version held here is kept as it came, and its tensors are rebuilt in memory: the disk takes
-what changed. Anything else (a first version, what bit rot took) is written whole.
+A delta is kept as it came, and its tensors are rebuilt in memory: the disk takes what changed. Only what bit rot took
+is written whole.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ..common.store import Store
 from ..common.stream import Stream
 from ..common.threads import cores, in_order
 from ..common.types import DeltaTensor, Manifest, PayloadRef
+from .early import Arrival
 from .receive import Body, fetch_index
 from .state import damaged
 
@@ -33,14 +34,16 @@ def stage(
     store: Store,
     ref: PayloadRef,
     *,
+    early: Arrival | None,
     check: Callable[[Manifest], None],
     on_progress: Callable[[int, int], None],
     on_received: Callable[[], None],
 ) -> Manifest:
     """Fetch the payload `ref` and put its version into `store`; returns the version's manifest.
 
-    Args: `check` raises NotRefittable before payload bytes move; `on_progress(received, expected)` in bytes, from
-    another thread; `on_received` is called when every needed chunk arrived with the right checksum.
+    Args: `early` may hold chunks that came before the release; `check` raises NotRefittable before any are fetched;
+    `on_progress(received, expected)` in bytes, from another thread; `on_received` is called when every needed chunk
+    arrived with the right checksum.
     Raises: StreamGap when the payload is gone or does not carry what this worker lacks, DigestMismatch,
     MalformedRecord, LimitExceeded, WrongBase, NotRefittable, StoreFull, StreamError.
     """
@@ -57,8 +60,8 @@ def stage(
     if lost:
         raise StreamGap(f"payload {ref.payload_id} does not carry {len(lost)} tensors that are missing here")
     places = list(placed((tensor.spec.size_bytes for tensor in order), index.blocks))
-    whole = base is None or not order or wanted != carried
-    needed = [p for p in places if not whole or any(order[span.number].digest in wanted for span in p.spans)]
+    partly = not order or wanted != carried
+    needed = [p for p in places if not partly or any(order[span.number].digest in wanted for span in p.spans)]
     numbers = chunks_of(needed, index.chunk_bytes)
     expected = sum(min(index.chunk_bytes, index.body_bytes - n * index.chunk_bytes) for n in numbers) + ref.index_bytes
     received = ref.index_bytes
@@ -71,9 +74,9 @@ def stage(
         crash_point("worker.received-chunk")
 
     bases = _Bases(store, base, order)
-    if base is None or whole:
-        with Body(stream, ref, index, numbers, on_chunk=arrived) as body, store.writing():
-            _store_whole(store, order, needed, wanted, bases, body)
+    if partly:
+        with Body(stream, ref, index, numbers, early=early, on_chunk=arrived) as body, store.writing():
+            _store_lacking(store, order, needed, wanted, bases, body)
             on_received()
             store.put_manifest(manifest)
         return manifest
@@ -83,7 +86,7 @@ def stage(
             delta.write(chunk)
             arrived(chunk)
 
-        with Body(stream, ref, index, numbers, on_chunk=keep) as body:
+        with Body(stream, ref, index, numbers, early=early, on_chunk=keep) as body:
             found = _rebuild(store, order, needed, bases, body)
             body.finish()
         on_received()
@@ -129,13 +132,13 @@ class _Bases:
 
 def _rebuild(store: Store, order: list[DeltaTensor], places: list[Placed], bases: _Bases, body: Body) -> list[Bytes]:
     """All carried tensors, in memory; not verified yet."""
-    outs = [store.memory.take(tensor.spec.size_bytes) for tensor in order]
+    outs = store.memory.take_all(tensor.spec.size_bytes for tensor in order)
     for _ in in_order(_decoder(order, bases, outs.__getitem__), _tasks(order, places, bases, body), threads=cores()):
         pass
     return outs
 
 
-def _store_whole(
+def _store_lacking(
     store: Store, order: list[DeltaTensor], places: list[Placed], wanted: set[bytes], bases: _Bases, body: Body
 ) -> None:
     """Every wanted tensor into a pack, each as soon as its last block was decoded."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from ..common.store import Store
 from ..common.types import WORKER_ID, Manifest, PayloadRef
 
 STATE = "worker"
+SHARE = "share"
 
 
 @wire.record("worker-state")
@@ -59,21 +61,38 @@ def default_id(state_dir: str | Path) -> str:
 
 
 @contextmanager
-def owned_state(state_dir: str | Path, *, worker: str, model: str) -> Iterator[tuple[Store, WorkerState]]:
+def owned_state(
+    state_dir: str | Path, *, worker: str, model: str, share: str | Path | None = None
+) -> Iterator[tuple[Store, WorkerState]]:
     """The worker's store and record, locked against other processes during the block.
 
-    Raises: UsageError when the folder belongs to another worker, to another model or to a publisher, or for a bad id;
+    `share`: a folder in which the workers of a host keep the tensors of all their versions once.
+    Raises: UsageError when a folder belongs to another worker, to another model or to a publisher, or for a bad id;
     StoreBusy when a live process uses it; StoreError; MalformedRecord.
     """
     if not WORKER_ID.match(worker):
         raise UsageError(f"worker id {worker!r} is not [A-Za-z0-9][A-Za-z0-9._-]{{0,63}}", next="choose one with --id")
-    folder = Path(state_dir)
-    with Store(folder) as store, store.lock("worker", holder=f"worker {worker}"):
+    folder, shared = Path(state_dir), None if share is None else Path(share).absolute() / model
+    if shared and (shared / "records").exists():
+        raise UsageError(
+            f"{shared} is a store of its own: it can't be shared",
+            next="name another folder with --share; it is made if it is not there",
+        )
+    with Store(folder, shared=shared) as store, store.lock("worker", holder=f"worker {worker}"):
         if store.record("publisher") is not None:
             raise UsageError(
                 f"the state folder {folder} is a publisher's store", next="give the worker a --state folder of its own"
             )
-        yield store, load(store, worker=worker, model=model, folder=folder)
+        remembered = load(store, worker=worker, model=model, folder=folder)
+        if shared_by(store) != shared:
+            store.put_record(SHARE, os.fsencode(shared or ""), sync=False)
+        yield store, remembered
+
+
+def shared_by(store: Store) -> Path | None:
+    """Where the tensors of this worker's versions lie, if not in its own folder."""
+    path = os.fsdecode(store.record(SHARE) or b"")
+    return Path(path) if path else None
 
 
 def save(store: Store, state: WorkerState) -> None:
@@ -129,6 +148,13 @@ class Staged:
                 self.store.read(self.manifest.by_name[name].digest, verify=True)
             except DamagedTensor as error:
                 raise damaged(name, error) from error
+
+    def recheck(self, name: str) -> None:
+        """Hash this tensor wherever it is now, memory included. Raises: DamagedTensor."""
+        try:
+            self.store.recheck(self.manifest.by_name[name].digest)
+        except DamagedTensor as error:
+            raise damaged(name, error) from error
 
 
 def damaged(name: str, error: DamagedTensor) -> DamagedTensor:

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..common.digest import digest_of
+from ..common.digest import digest_of, tensor_digest_of
 from ..common.errors import NotRefittable, ProbeMismatch, RefitFailed, RefleetError, UsageError
 from ..common.messages import Serving
 from ..common.types import Manifest
 from . import official, trt_live
 from .device_tensors import DeviceTensors
-from .engine import StagedVersion
+from .engine import Digest, StagedVersion
 from .probe import digest_value
 from .recipe import Recipe
 from .refit_plan import Address
@@ -173,9 +173,9 @@ class TensorRTEngine:
                 about=f"version {staged.serving.version}",
             ) from error
 
-    def read_back(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+    def read_back(self, names: Iterable[str], digest: Digest = tensor_digest_of) -> Iterator[tuple[str, bytes]]:
         """What the GPU memory holds that the engines are refitted from. The engines themselves: `content_digest`."""
-        return self._tensors.read_back(names)
+        return self._tensors.read_back(names, digest)
 
     def probe(self) -> bytes:
         """Every output against PyTorch's with the same weights; the digest of their bits."""

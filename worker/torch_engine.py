@@ -18,7 +18,8 @@ from ..common.errors import DigestMismatch, NotRefittable, ProbeMismatch, RefitF
 from ..common.messages import Serving
 from ..common.tensors import tensor_blocks, tensor_from
 from ..common.types import Manifest, TensorSpec
-from .engine import NEXT_SPECS, StagedVersion, check_specs
+from .device_digest import device_digests
+from .engine import NEXT_SPECS, Digest, StagedVersion, check_specs
 from .probe import ProbeInputs, run_probe
 from .torch_state import LiveState, bits, live_state, put, unwrapped
 
@@ -113,17 +114,23 @@ class TorchEngine:
                 tensor=name,
             ) from error
 
-    def read_back(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
-        state = self._live()
-        tied: dict[tuple[str, ...], bytes] = {}
-        for name in names:
+    def read_back(self, names: Iterable[str], digest: Digest = tensor_digest_of) -> Iterator[tuple[str, bytes]]:
+        state, wanted = self._live(), list(names)
+        tensors: dict[tuple[str, ...], torch.Tensor] = {}  # tied ones once
+        for name in wanted:
             if name not in state.tensors:
                 raise DigestMismatch(f"{self._holder} has no tensor {name!r}", tensor=name)
-            group = state.ties.get(name, ())
-            digest = tied.get(group) or tensor_digest_of(tensor_blocks(bits(state.tensors[name])))
-            if group:
-                tied[group] = digest
-            yield name, digest
+            tensors.setdefault(state.ties.get(name, (name,)), bits(state.tensors[name]))
+        if digest is tensor_digest_of:
+            digests = device_digests(tensors.values())  # where they are, many at once
+        else:
+            digests = (digest(tensor_blocks(tensor)) for tensor in tensors.values())
+        found: dict[tuple[str, ...], bytes] = {}
+        for name in wanted:
+            group = state.ties.get(name, (name,))
+            if group not in found:
+                found[group] = next(digests)  # in the order of their first names
+            yield name, found[group]
 
     def probe(self) -> bytes | None:
         """Runs the module in its present mode. Buffers that it updates (batch statistics) are put back."""

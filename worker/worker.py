@@ -39,7 +39,8 @@ class Worker:
 
     Args: `redis` a URL or a Stream; `read_from` the URL of its replica, from which log and payloads are then read;
     `payload_redis` the URL of another server, where payloads lie; `state_dir` this worker's own folder (its store and
-    record); `worker_id` defaults to host name plus engine folder; `trust` a trust file: unsigned or unknown records are
+    record); `share` a folder that the workers of this host share, so that each version is received, decoded and kept
+    once; `worker_id` defaults to host name plus engine folder; `trust` a trust file: unsigned or unknown records are
     refused; `keep` versions kept on disk for rollbacks without a byte from the network; `drain_s` how long a switch
     waits for requests in flight; `poll_s` how long one read of the log waits: a server restarted empty, or `stop`, is
     noticed within this time.
@@ -55,6 +56,7 @@ class Worker:
         model: str,
         engine: Engine,
         state_dir: str | Path,
+        share: str | Path | None = None,
         worker_id: str | None = None,
         trust: str | Path | Trust | None = None,
         keep: int = 4,
@@ -74,7 +76,8 @@ class Worker:
         self._trust = Trust.load(trust) if isinstance(trust, str | Path) else trust
         build = engine.build
         self._closing = ExitStack()
-        self.store, state = self._closing.enter_context(owned_state(state_dir, worker=self.id, model=model))
+        owned = owned_state(state_dir, worker=self.id, model=model, share=share)
+        self.store, state = self._closing.enter_context(owned)
         self.board = Board(
             WorkerStatus(
                 worker=self.id, instance=self.store.id, model=model, state=JOINING, serving=None, target=None,
@@ -90,7 +93,7 @@ class Worker:
         self._follower = Follower(model, trust=self._trust, accepted=state.release)
         self._pursuit = Pursuit(
             self._stream, self.store, engine, self.gate, self.board, state, self._follower, self.acks,
-            keep=keep, drain_s=drain_s,
+            keep=keep, drain_s=drain_s, stopping=lambda: self._stopping.is_set(),
         )  # fmt: skip
         self._heart = Heart(
             self._stream, lambda: self.board.status, interval_s=heartbeat_s,
@@ -193,6 +196,7 @@ class Worker:
             self.board.show(STOPPED, "stopped", nothing_served=True)
             self._stream.close()
             self._heart.stop()
+            self._pursuit.early.close()
             self._pursuit.anchors.close()
             self._closing.close()
 
@@ -246,6 +250,8 @@ class Worker:
             elif news.repeated:
                 self._pursuit.acknowledge_again()
             self._pursuit.step()
+            if news.coming:  # after the step: what came of the release at hand was used there
+                self._pursuit.early.expect(news.coming, self.gate.current)
             for ask in news.asks:
                 self._pursuit.verify(ask)
         except StreamError as error:

@@ -1,0 +1,44 @@
+"""Small records by name, one file each."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from .records import disk_errors, read_file, remove, sync_folder, write_file
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]*(/[A-Za-z0-9][A-Za-z0-9._@-]*)*\Z")
+
+
+class NamedRecords:
+    """The records in `folder`; `temp` takes records in the making."""
+
+    def __init__(self, folder: Path, *, temp: Path):
+        self._records, self._temp = folder, temp
+
+    def put_record(self, name: str, data: bytes, *, sync: bool = True) -> None:
+        """Sets the record `name` (ours, such as `release/main`): letters, digits and `._@-`, in parts between `/`.
+
+        Without `sync` a power cut may take it: for what can be done without.
+        """
+        write_file(self._record_path(name), data, temp=self._temp, sync=sync)
+
+    def record(self, name: str) -> bytes | None:
+        """The record `name`, or None. Raises: MalformedRecord naming its file when it is damaged."""
+        return read_file(self._record_path(name))
+
+    def records(self, prefix: str) -> list[str]:
+        """Names of all records that begin with `prefix`, sorted."""
+        names = (path.name.replace("+", "/") for path in self._records.iterdir())
+        return sorted(name for name in names if name.startswith(prefix))
+
+    def drop_record(self, name: str, *, sync: bool = True) -> None:
+        """Removes the record `name`, if it is there; without `sync` a power cut may bring it back."""
+        path = self._record_path(name)
+        if remove(path) and sync:
+            with disk_errors(path):
+                sync_folder(self._records)
+
+    def _record_path(self, name: str) -> Path:
+        assert NAME.match(name), name
+        return self._records / name.replace("/", "+")
