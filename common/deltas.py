@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import wire
+from .crashpoint import crash_point
 from .digest import digest_of
 from .errors import MalformedRecord, RefleetError, StoreError
 from .limits import LIMITS
@@ -145,12 +146,13 @@ class DeltaWriter:
         self._end = self._temp.write(data, at=self._end)
 
     def finish(self, record: StoredDelta, folder: Path, *, order_lock: Path) -> DeltaFile:
-        """Durable and visible as the newest in `folder` when this returns. Raises: StoreFull, StoreError, StoreBusy."""
+        """Visible as the newest in `folder` from now on, not synced. Raises: StoreFull, StoreError, StoreBusy."""
         data = wire.pack(record)
         end = self._temp.write(data, at=self._end)
         self._temp.write(_FOOTER.pack(len(data), digest_of(data), _MAGIC), at=end)
-        self._temp.sync("delta")
-        return DeltaFile(self._temp.rename_as_newest(folder, "delta", order_lock=order_lock), record)
+        crash_point("store.delta-written")
+        path = self._temp.rename_as_newest(folder, "delta", order_lock=order_lock, sync=False)
+        return DeltaFile(path, record)
 
     def close(self) -> None:
         self._temp.close()

@@ -18,7 +18,7 @@ from .folder_stamp import FolderStamp
 from .layout import Bytes, Placed, decode, placed
 from .memory import Memory
 from .pack import HEAL
-from .records import remove
+from .records import Unsettled, remove
 from .threads import cores, in_order
 
 #: the whole tensor of a digest, where the store holds one: DamagedTensor where not
@@ -28,8 +28,10 @@ ReadWhole = Callable[[bytes], Bytes]
 class Derived:
     """The delta files in `folder`. Safe to use from several threads."""
 
-    def __init__(self, folder: Path, *, temp: Path, order_lock: Path, memory: Memory, whole: ReadWhole):
-        self.folder, self._temp, self._order_lock = folder, temp, order_lock
+    def __init__(
+        self, folder: Path, *, temp: Path, order_lock: Path, memory: Memory, whole: ReadWhole, unsettled: Unsettled
+    ):
+        self.folder, self._temp, self._order_lock, self._unsettled = folder, temp, order_lock, unsettled
         self._memory, self._whole = memory, whole
         self._guard = threading.RLock()
         self._files: dict[str, DeltaFile] = {}
@@ -106,8 +108,9 @@ class Derived:
         return DeltaBatch(self, self._temp)
 
     def commit(self, writer: DeltaWriter, record: StoredDelta) -> None:
-        """Its tensors are held from now on. Raises: StoreFull, StoreError, StoreBusy."""
+        """Its tensors are held from now on, durable once settled. Raises: StoreFull, StoreError, StoreBusy."""
         file = writer.finish(record, self.folder, order_lock=self._order_lock)
+        self._unsettled.add(file.path)
         with self._guard:
             self._files[file.name] = file
             self._index()
@@ -269,5 +272,5 @@ class DeltaBatch(DeltaWriter):
         self._derived = derived
 
     def commit(self, record: StoredDelta) -> None:
-        """Durable, and its tensors held, when this returns. Raises: StoreFull, StoreError, StoreBusy."""
+        """Its tensors are held from now on, durable once settled. Raises: StoreFull, StoreError, StoreBusy."""
         self._derived.commit(self, record)

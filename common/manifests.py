@@ -10,19 +10,21 @@ from pathlib import Path
 from . import wire
 from .errors import LimitExceeded, MalformedRecord, UnknownVersion
 from .limits import LIMITS
-from .records import disk_errors, read_file, remove, sync_folder, write_file
+from .records import Unsettled, disk_errors, read_file, remove, sync_path, write_file
 from .types import Manifest
 
 
 class Manifests:
     """The records in `folder`; `temp` takes records in the making."""
 
-    def __init__(self, folder: Path, *, temp: Path):
-        self.folder, self._temp = folder, temp
+    def __init__(self, folder: Path, *, temp: Path, unsettled: Unsettled):
+        self.folder, self._temp, self._unsettled = folder, temp, unsettled
 
     def put(self, manifest: Manifest) -> None:
-        """Durable when this returns. Raises: StoreFull, StoreError."""
-        write_file(self._path(manifest.fingerprint), wire.pack(manifest), temp=self._temp)
+        """Held from now on, durable once it is settled. Raises: StoreFull, StoreError."""
+        path = self._path(manifest.fingerprint)
+        write_file(path, wire.pack(manifest), temp=self._temp, sync=False)
+        self._unsettled.add(path)
         remove(self._damaged_path(manifest.fingerprint))
 
     def get(self, fingerprint: bytes) -> Manifest:
@@ -56,7 +58,7 @@ class Manifests:
         freed_bytes = sum(remove(self._path(fingerprint)) for fingerprint in removed)
         if removed:
             with disk_errors(self.folder):
-                sync_folder(self.folder)  # before its tensors go: a power cut must not bring a manifest back
+                sync_path(self.folder)  # before its tensors go: a power cut must not bring a manifest back
         return removed, freed_bytes
 
     def live(self, kept: frozenset[bytes]) -> tuple[set[bytes], set[bytes]]:

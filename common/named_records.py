@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
-from .records import disk_errors, read_file, remove, sync_folder, write_file
+from .records import disk_errors, read_file, remove, sync_path, write_file, write_files
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]*(/[A-Za-z0-9][A-Za-z0-9._@-]*)*\Z")
 
@@ -23,6 +24,10 @@ class NamedRecords:
         """
         write_file(self._record_path(name), data, temp=self._temp, sync=sync)
 
+    def put_records(self, records: Mapping[str, bytes]) -> None:
+        """Sets several: each appears only after the ones before it. Durable when this returns."""
+        write_files({self._record_path(name): data for name, data in records.items()}, temp=self._temp)
+
     def record(self, name: str) -> bytes | None:
         """The record `name`, or None. Raises: MalformedRecord naming its file when it is damaged."""
         return read_file(self._record_path(name))
@@ -37,7 +42,7 @@ class NamedRecords:
         path = self._record_path(name)
         if remove(path) and sync:
             with disk_errors(path):
-                sync_folder(self._records)
+                sync_path(self._records)
 
     def _record_path(self, name: str) -> Path:
         assert NAME.match(name), name

@@ -1,8 +1,9 @@
 """Small files that are there whole or not at all, temp files that tell whether their writer lives, and locks.
 
-A file becomes visible only by a rename, after its bytes reached the disk; the folder is synced after it. Locks and the
-ownership of temp files are `flock`s: the kernel drops them when a process dies, however it dies, and they hold across
-containers, where process ids say nothing.
+A file becomes visible only by a rename. Where a power cut must not take it, its bytes reach the disk before and the
+name after that; a file whose bytes anybody can check may be visible first, and be `Unsettled`. Locks and the ownership
+of temp files are `flock`s: the kernel drops them when a process dies, however it dies, and they hold across containers,
+where process ids say nothing.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import os
 import re
 import secrets
 import sys
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -61,9 +63,9 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise StoreError(f"the disk failed: {reason}", about=str(path), next="look at the system's log") from error
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes renames and removals in `folder` survive a power cut."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def sync_path(path: Path) -> None:
+    """Makes a file's bytes survive a power cut, and of a folder the names in it. Raises: OSError."""
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
@@ -113,9 +115,9 @@ class TempFile:
             os.rename(self.path, target)  # noqa: PTH104  beside fsync
             crash_point(f"store.{kind}-renamed")
             if sync:
-                sync_folder(target.parent)
+                sync_path(target.parent)
 
-    def rename_as_newest(self, folder: Path, kind: str, *, order_lock: Path) -> Path:
+    def rename_as_newest(self, folder: Path, kind: str, *, order_lock: Path, sync: bool = True) -> Path:
         """The file is visible in `folder` under a name that sorts behind all others of its kind; returns its path.
 
         A growing number orders files by age. The random part keeps a name from ever being used twice: somebody else may
@@ -125,7 +127,7 @@ class TempFile:
         with locked(order_lock, wait_s=_ORDER_WAIT_S):
             numbers = [int(found[1], 16) for path in folder.iterdir() if (found := numbered.match(path.name))]
             target = folder / f"{max(numbers, default=0) + 1:012x}-{secrets.token_hex(8)}.{kind}"
-            self.rename(target, kind)
+            self.rename(target, kind, sync=sync)
         return target
 
     def close(self) -> None:
@@ -186,13 +188,48 @@ def write_file(path: Path, data: bytes, *, temp: Path, sync: bool = True) -> Non
     `temp` is the folder for temp files, on the same file system. Without `sync` a power cut may leave neither, or a
     damaged one; a crash of the process changes nothing of what was promised. Raises: StoreFull, StoreError.
     """
-    with TempFile(temp) as file:
-        end = file.write(digest_of(data), at=0)
-        crash_point("store.record-temp")
-        file.write(data, at=end)
+    write_files({path: data}, temp=temp, sync=sync)
+
+
+def write_files(files: Mapping[Path, bytes], *, temp: Path, sync: bool = True) -> None:
+    """The same for several records of one folder, which become visible in this order."""
+    with ExitStack() as opened:
+        written = []
+        for path, data in files.items():
+            file = opened.enter_context(TempFile(temp))
+            end = file.write(digest_of(data), at=0)
+            crash_point("store.record-temp")
+            file.write(data, at=end)
+            written.append((path, file))
         if sync:
-            file.sync("record")
-        file.rename(path, "record", sync=sync)
+            for _, file in written:
+                file.sync("record")
+        for path, file in written:
+            file.rename(path, "record", sync=sync and path == written[-1][0])
+
+
+class Unsettled:
+    """Files that are visible while a power cut may still take or tear them. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._paths: set[Path] = set()
+
+    def add(self, path: Path) -> None:
+        """This one, until the next `settle`."""
+        with self._guard:
+            self._paths.add(path)
+
+    def settle(self) -> None:
+        """All of them are on the disk when this returns. Raises: StoreFull, StoreError: then they still count."""
+        with self._guard:
+            paths = set(self._paths)
+        for path in [*sorted(paths), *sorted({path.parent for path in paths})]:
+            with suppress(FileNotFoundError), disk_errors(path):  # removed meanwhile: nobody wants it any more
+                sync_path(path)
+        crash_point("store.settled")
+        with self._guard:
+            self._paths -= paths
 
 
 def read_file(path: Path) -> bytes | None:

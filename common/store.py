@@ -37,7 +37,7 @@ from .memory import Memory
 from .named_records import NAME, NamedRecords
 from .objects import Batch, Objects
 from .pack import HEAL, PACK_BYTES
-from .records import locked, sweep
+from .records import Unsettled, locked, sweep
 from .retention import retain
 from .store_folder import Keepers, opened
 from .types import Manifest, TensorEntry
@@ -86,13 +86,17 @@ class Store(NamedRecords):
         self.id = opened(self.root, self._records)
         opened(content, packs, deltas, manifests)
         self._keepers = Keepers(content, self.id) if shared else None
+        self._kept: frozenset[bytes] = frozenset()
         temp = content / "temp"
-        self._manifests = Manifests(manifests, temp=temp)
+        self._unsettled = Unsettled()
+        self._manifests = Manifests(manifests, temp=temp, unsettled=self._unsettled)
         order = content / "locks" / "order"
         self._objects = Objects(packs, temp=temp, order_lock=order, pack_bytes=pack_bytes)
         #: tensors in memory, and buffers for them
         self.memory = HostMemory(content) if shared else Memory()
-        self._derived = Derived(deltas, temp=temp, order_lock=order, memory=self.memory, whole=self._whole)
+        self._derived = Derived(
+            deltas, temp=temp, order_lock=order, memory=self.memory, whole=self._whole, unsettled=self._unsettled
+        )
 
     def __enter__(self) -> Store:
         return self
@@ -122,8 +126,7 @@ class Store(NamedRecords):
     def read(self, digest: bytes, *, verify: bool) -> memoryview:
         """The tensor's bytes: mapped, from memory, or rebuilt from a delta into memory. They are not to be written.
 
-        The view stays valid whatever happens to the store. With `verify` the bytes are hashed first, but for those in
-        memory, which were hashed when they came there.
+        The view stays valid whatever happens. With `verify` the bytes are hashed first, unless they are in memory.
         Raises: DamagedTensor naming the digest when it is missing, short, or (verify) of other bytes; StoreError.
         """
         held = self.memory.get(digest)
@@ -136,7 +139,13 @@ class Store(NamedRecords):
                 self._objects.refresh(force=True)
                 if self._objects.lacking((digest,)):  # else another process wrote it whole, and removed the delta
                     raise
-        return self._objects.read(digest, verify=verify)
+        try:
+            return self._objects.read(digest, verify=verify)
+        except DamagedTensor:
+            if self._derived.lacking((digest,)):
+                raise
+            self._objects.forget(digest)  # a delta that came later has it
+            return self._derived.read(digest).data
 
     def recheck(self, digest: bytes) -> None:
         """Hash the tensor's bytes wherever they are, memory included. Raises: DamagedTensor, StoreError."""
@@ -158,8 +167,8 @@ class Store(NamedRecords):
     def batch(self) -> Iterator[Batch]:
         """Adds tensors: `with store.batch() as batch: batch.add(...)`.
 
-        They become visible and durable at the end of the block, and from time to time before (`pack_bytes`), so that
-        a crash loses little. After an exception, what was not visible yet is removed.
+        They become visible and durable at the end of the block, and from time to time before (`pack_bytes`). After an
+        exception, what was not visible yet is removed.
         """
         with self.writing(), self._objects.batch() as batch:
             yield batch
@@ -180,15 +189,13 @@ class Store(NamedRecords):
     def anchor(self, manifest: Manifest, *, every: int = ANCHOR_EVERY) -> int:
         """Writes the version's tensors whole if it takes `every` deltas or more to rebuild it, or if it was sent whole.
 
-
-        Returns the bytes written.
-        Raises: DamagedTensor, StoreFull, StoreError.
+        Returns the bytes written. Raises: DamagedTensor, StoreFull, StoreError.
         """
         derived = self._objects.lacking(stored_digests(manifest))
         if self._derived.depth(derived) < every and not self._derived.on_nothing(derived):
             return 0
         written = 0
-        with self.batch() as batch:
+        with self.memory.pinned(manifest.digests), self.batch() as batch:
             for entry in manifest.tensors:
                 if entry.digest in derived:
                     derived.discard(entry.digest)
@@ -214,6 +221,13 @@ class Store(NamedRecords):
         """Makes a version held. Its tensors come first (see the class); this does not look at them."""
         self._manifests.put(manifest)
 
+    def settle(self) -> None:
+        """What was put in so far survives a power cut when this returns. Raises: StoreFull, StoreError.
+
+        Deltas and manifests are used before: what a power cut tears is found by its digests, and counts as missing.
+        """
+        self._unsettled.settle()
+
     def manifest(self, fingerprint: bytes) -> Manifest:
         """The manifest of a version held. Raises: UnknownVersion, also for a damaged one, which is then put aside."""
         return self._manifests.get(fingerprint)
@@ -232,7 +246,7 @@ class Store(NamedRecords):
     def lock(self, name: str, *, wait_s: float = 0.0, holder: str = "") -> AbstractContextManager[None]:
         """Holds the lock `name` during a block, against other processes and threads; not reentrant.
 
-        Raises: StoreBusy after `wait_s`, naming the process that holds it and its `holder` text.
+        Raises: StoreBusy after `wait_s`, naming who holds it: its process and `holder`.
         """
         assert NAME.match(name) and "/" not in name and name not in _OWN_LOCKS, name
         return locked(self._locks / name, wait_s=wait_s, holder=holder)
@@ -242,10 +256,8 @@ class Store(NamedRecords):
         return locked(self.content / "locks" / name, wait_s=wait_s, holder=holder)
 
     def keep(self, fingerprints: Collection[bytes]) -> None:
-        """What no other process's `collect` may remove, from now on until the next call. Raises: StoreFull, StoreBusy.
-
-        Does nothing where the content is not shared: then only the caller's own `collect` removes anything.
-        """
+        """What no `collect` may remove until the next call, not by others who share it either. Raises: StoreFull."""
+        self._kept = frozenset(fingerprints)
         if self._keepers:
             with locked(self.content / "locks" / "objects", shared=True, wait_s=_WRITE_WAIT_S):
                 self._keepers.keep(fingerprints)
@@ -253,17 +265,16 @@ class Store(NamedRecords):
     def collect(self, keep: Collection[bytes], *, grace_s: float = 0.0, wait_s: float = 0.0) -> Collected:
         """Removes manifests not in `keep` and older than `grace_s`, and tensors that no manifest left needs.
 
-        Where the content is shared, what the others keep stays as well.
-        Also removes temp files of dead processes. Other processes may read meanwhile: their views stay valid, and
-        they find moved tensors by themselves. What is damaged among `keep` is told in `unreadable`.
+        What `keep` was called with stays as well, here and by others who share the content.
+        Also removes temp files of dead processes. Others may read meanwhile: their views stay valid, and they find
+        moved tensors by themselves. What is damaged among `keep` is told in `unreadable`.
         Raises: StoreBusy when somebody is `writing` and does not end within `wait_s`; never call it while `writing`.
         """
+        self.settle()  # before anything older goes
         with locked(self.content / "locks" / "objects", wait_s=wait_s, holder="collect"):
             freed_bytes = sweep(self.content / "temp")
             self._objects.refresh(force=True)
-            if self._keepers:
-                self._keepers.keep(keep)
-            kept = frozenset(keep) | (self._keepers.wanted() if self._keepers else frozenset())
+            kept = self._kept.union(keep, self._keepers.wanted() if self._keepers else ())
             removed, freed = self._manifests.drop(kept, grace_s=grace_s)
             crash_point("store.manifests-dropped")
             live, unreadable = self._manifests.live(kept)

@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -36,6 +36,48 @@ def in_order(task: Callable[[T], R], items: Iterable[T], *, threads: int) -> Ite
         finally:
             for future in waiting:
                 future.cancel()
+
+
+class Newest(Generic[T]):
+    """Does `work` behind the caller's back, in a thread of its own, for the newest item each time.
+
+    Safe to use from several threads. `work` deals with its errors.
+    """
+
+    def __init__(self, work: Callable[[T], None], *, name: str):
+        self._work, self._name = work, name
+        self._guard = threading.Lock()
+        self._next: list[T] = []
+        self._thread: threading.Thread | None = None
+
+    @property
+    def busy(self) -> bool:
+        with self._guard:
+            return self._thread is not None
+
+    def put(self, item: T) -> None:
+        """The newest one; one that was put earlier and not begun is passed over."""
+        with self._guard:
+            self._next = [item]
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._thread.start()
+
+    def close(self) -> None:
+        """Waits until the newest item was worked on; nothing may be put any more."""
+        with self._guard:
+            thread = self._thread
+        if thread is not None:
+            thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._guard:
+                if not self._next:
+                    self._thread = None
+                    return
+                item = self._next.pop()
+            self._work(item)
 
 
 def ahead(items: Iterable[T], *, depth: int) -> Iterator[T]:

@@ -3,7 +3,7 @@
 From checkpoint to release
     checkpoint, shards, source_file, safetensors_header, state_dict   open what a trainer wrote
     compare        read it once, and tell what changed
-    broadcast      send and store what changed; ingest: a first version, whole
+    broadcast      send and store what changed
     publish        the Publisher: commit, roll back; published: a release, and waiting for it
     payloads       deltas in the server, within a budget
     claim          the right to publish, and the log as this store knows it

@@ -1,6 +1,6 @@
 """The publisher's records in its store: versions, releases, payloads, and its place in the log.
 
-publisher                     (epoch, seq) used last
+publisher                     the epoch claimed last
 version-<id>                  what the id means, for ever: an id is never given to other content
 release-<epoch>-<seq>         the exact signed bytes, written before the server sees them
 payload-<id>                  what lies in the server for workers to fetch
@@ -11,10 +11,10 @@ from __future__ import annotations
 import os
 import socket
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..common import wire
-from ..common.errors import UnknownVersion
+from ..common.errors import MalformedRecord, UnknownVersion
 from ..common.messages import Release
 from ..common.signing import open_envelope
 from ..common.store import Store
@@ -27,17 +27,15 @@ STATE = "publisher"
 @dataclass(frozen=True, slots=True)
 class PublisherState:
     epoch: int
-    seq: int
 
 
 @wire.record("version")
 @dataclass(frozen=True, slots=True)
 class Version:
-    """What a version id stands for. `released` is false for a publish that never reached the log."""
+    """What a version id stands for."""
 
     version: str
     fingerprint: bytes
-    released: bool
     created_at_ms: int
     message: str
     source: str
@@ -90,7 +88,7 @@ class Book:
 
     def state(self) -> PublisherState:
         data = self.store.record(STATE)
-        return wire.unpack(data, PublisherState) if data else PublisherState(0, 0)
+        return wire.unpack(data, PublisherState) if data else PublisherState(0)
 
     def save_state(self, state: PublisherState) -> None:
         self.store.put_record(STATE, wire.pack(state))
@@ -106,15 +104,11 @@ class Book:
         found = [self.version(name.removeprefix("version-")) for name in self.store.records("version-")]
         return sorted((v for v in found if v), key=lambda v: v.created_at_ms)
 
-    def save_version(self, version: Version) -> None:
-        """Durable once it is released: before, nobody depends on it."""
-        self.store.put_record(f"version-{version.version}", wire.pack(version), sync=version.released)
-
     def manifest_of(self, version_id: str) -> Manifest:
         """The manifest of a version whose tensors are all here. Raises: UnknownVersion, saying what there is."""
         version = self.version(version_id)
-        known = [v.version for v in self.versions() if v.released]
-        if version is None or not version.released:
+        known = [v.version for v in self.versions()]
+        if version is None:
             raise UnknownVersion(
                 f"there is no version {version_id!r}",
                 about=f"store {self.store.root}",
@@ -122,7 +116,7 @@ class Book:
             )
         kept = set(self.store.manifests())
         if version.fingerprint not in kept:
-            still = [v.version for v in self.versions() if v.released and v.fingerprint in kept]
+            still = [v.version for v in self.versions() if v.fingerprint in kept]
             raise UnknownVersion(
                 f"version {version_id!r} is past retention: its tensors are no longer in the store",
                 about=f"store {self.store.root}",
@@ -146,11 +140,16 @@ class Book:
         assert data is not None, "a release of this store"
         return data
 
-    def save_release(self, release: Release, data: bytes) -> None:
-        self.store.put_record(_release_name(release.epoch, release.seq), data)
+    def save_release(self, release: Release, data: bytes, version: Version | None) -> None:
+        """The release, and before it what its version id means, if that is new. Durable when this returns."""
+        records = {f"version-{version.version}": wire.pack(version)} if version else {}
+        self.store.put_records(records | {_release_name(release.epoch, release.seq): data})
 
-    def drop_release(self, release: Release) -> None:
+    def drop_release(self, release: Release, *, version: bool) -> None:
+        """It never was; nor was its version id, where that was new (`version`)."""
         self.store.drop_record(_release_name(release.epoch, release.seq))
+        if version:
+            self.store.drop_record(f"version-{release.version}")
 
     def _release(self, name: str) -> Release:
         data = self.store.record(name)
@@ -161,8 +160,16 @@ class Book:
 
     def payloads(self) -> list[SentPayload]:
         """Everything that may lie in the server, by id. Another process may drop one in the meantime."""
-        data = [self.store.record(name) for name in self.store.records("payload-")]
-        return [wire.unpack(d, SentPayload) for d in data if d]
+        found = (self._payload(name) for name in self.store.records("payload-"))
+        return [payload for payload in found if payload]
+
+    def _payload(self, name: str) -> SentPayload | None:
+        try:
+            data = self.store.record(name)
+            return wire.unpack(data, SentPayload) if data else None
+        except MalformedRecord:  # torn by a power cut: by now the payload has expired in the server, or will
+            self.store.drop_record(name, sync=False)
+            return None
 
     def save_payload(self, payload: SentPayload) -> None:
         """Survives this process, not a power cut: what the server holds expires by itself."""
@@ -170,10 +177,6 @@ class Book:
 
     def drop_payload(self, payload_id: str) -> None:
         self.store.drop_record(f"payload-{payload_id}", sync=False)
-
-
-def released(version: Version) -> Version:
-    return replace(version, released=True)
 
 
 def _release_name(epoch: int, seq: int) -> str:

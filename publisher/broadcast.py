@@ -13,14 +13,12 @@ from collections.abc import Callable
 from ..common.crashpoint import crash_point
 from ..common.delta import Encoder
 from ..common.deltas import StoredDelta
-from ..common.errors import UnknownVersion
 from ..common.layout import in_body_order
 from ..common.store import Store
 from ..common.threads import ahead
 from ..common.types import Manifest, PayloadRef
 from .checkpoint import Checkpoint
-from .compare import Comparison, RottenBaseError
-from .ingest import OnBytes, forget_damaged, hashed, ingest
+from .compare import Comparison, OnBytes, RottenBaseError
 from .payloads import Payloads
 
 #: chunks that are encoded while earlier ones are being sent
@@ -28,20 +26,22 @@ _AHEAD = 2
 
 
 def broadcast(
-    checkpoint: Checkpoint, base: Manifest, store: Store, payloads: Payloads, *, resident: bool,
+    checkpoint: Checkpoint, base: Manifest | None, store: Store, payloads: Payloads, *, resident: bool,
     accept: Callable[[Manifest], bool], on_progress: OnBytes,
 ) -> tuple[Manifest, PayloadRef | None]:  # fmt: skip
     """The checkpoint's manifest, its version in the store, and its payload in the server, if somebody needs it.
 
-    Args: `resident` keeps the new version in memory, to compare the next one with; `accept` is asked about the manifest
-    when all of it was read, raises if it must not be published, and answers whether anybody needs the payload.
+    Args: without `base` all of it is sent and stored; `resident` keeps the new version in memory, to compare the next
+    one with; `accept` is asked about the manifest when all of it was read, raises if it must not be published, and
+    answers whether anybody needs the payload.
     Raises: CheckpointChanged and other CheckpointErrors, OverBudget, StreamError, StoreError, what `accept` raises.
     """
     total = sum(spec.size_bytes for spec in checkpoint.specs.values())
     while True:
         compared = Comparison(checkpoint, base, store, keep=resident)
         try:
-            with store.memory.pinned(base.digests), store.delta() as delta, payloads.outgoing(base) as out:
+            held = base.digests if base else ()
+            with store.memory.pinned(held), store.delta() as delta, payloads.outgoing(base) as out:
                 encoder = Encoder(compared.inputs())
                 for chunk in ahead(encoder.chunks(), depth=_AHEAD):
                     out.put(chunk)
@@ -50,9 +50,9 @@ def broadcast(
                 checkpoint.confirm()
                 on_progress("send", total, total)
                 manifest = compared.manifest()
-                wanted = accept(manifest)
+                wanted = accept(manifest) and manifest != base
                 index = encoder.index(compared.changed, target=manifest, base=base)
-                ref = out.finish(index) if wanted and manifest.fingerprint != base.fingerprint else None
+                ref = out.finish(index) if wanted else None
                 if index.blocks:
                     delta.commit(StoredDelta.of(index, in_body_order(compared.changed), base))
                 store.put_manifest(manifest)
@@ -64,30 +64,3 @@ def broadcast(
             store.memory.pin(manifest.digests)
             store.memory.trim()
         return manifest, ref
-
-
-def send_whole(
-    checkpoint: Checkpoint, store: Store, payloads: Payloads, *, check: Callable[[Manifest], None],
-    accept: Callable[[Manifest], bool], serving: str, notify: Callable[[str], None], on_progress: OnBytes,
-) -> tuple[Manifest, PayloadRef | None]:  # fmt: skip
-    """The same for a version that builds on none: read twice, so that nothing is stored of what may not be published.
-
-    Args: `check` raises before anything is stored; `accept` as above; `serving` what is being served, for messages;
-    `notify` hears when the store had to be healed.
-    """
-    manifest = hashed(checkpoint, on_progress=on_progress)
-    check(manifest)
-    ingest(checkpoint, manifest, store, serving=serving, on_progress=on_progress)
-    if not accept(manifest):
-        return manifest, None
-
-    def send() -> PayloadRef:
-        return payloads.send(manifest, None, on_progress=lambda done, total: on_progress("send", done, total))
-
-    try:
-        return manifest, send()
-    except UnknownVersion as damage:  # bit rot in the store: the checkpoint at hand puts it right
-        notify(f"healing the store: {damage.what}")
-        forget_damaged(manifest, store)
-        ingest(checkpoint, manifest, store, serving=serving, on_progress=on_progress)
-        return manifest, send()

@@ -98,7 +98,7 @@ class Claim:
         seen = [w.status.epoch for w in fleet(self.stream).workers if w.status]
         floor = max([log_epoch, *seen])
         epoch = self.stream.claim(mine, floor=floor, ttl_s=LEASE_S, take_over=take_over)
-        self.book.save_state(PublisherState(epoch, state.seq))
+        self.book.save_state(PublisherState(epoch))
         return replace(mine, epoch=epoch)
 
     def _check_server(self) -> None:

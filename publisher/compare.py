@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from ..common.crashpoint import crash_point
 from ..common.delta import Input, as_bytes
-from ..common.digest import tensor_digest
+from ..common.digest import tensor_digest, tensor_digest_of
 from ..common.errors import DamagedTensor
 from ..common.kernels import changed
 from ..common.layout import Bytes
@@ -14,6 +14,20 @@ from ..common.memory import Memory
 from ..common.store import Store
 from ..common.types import DeltaTensor, Manifest, TensorEntry, TensorSpec
 from .checkpoint import Checkpoint
+
+#: (phase, done, total) in bytes; phases are "send" and "compare"
+OnBytes = Callable[[str, int, int], None]
+
+
+def silent(_phase: str, _done: int, _total: int) -> None:
+    """An `OnBytes` that tells nobody."""
+
+
+def hashed(checkpoint: Checkpoint) -> Manifest:
+    """The checkpoint's manifest. Reads every byte once, a block at a time. Raises: CheckpointChanged."""
+    entries = [TensorEntry(spec, tensor_digest_of(checkpoint.blocks(name))) for name, spec in checkpoint.specs.items()]
+    checkpoint.confirm()
+    return Manifest.of(entries)
 
 
 class RottenBaseError(Exception):
@@ -56,7 +70,7 @@ class Comparison:
             entry = self._entries[spec.name] = unchanged or TensorEntry(spec, tensor_digest(new.data))
             if self._keep:
                 self.held[entry.digest] = new
-            if entry != before:
+            if entry != before or entry.digest not in self._at_hand:  # the store may have lost it
                 yield from self._travelling(entry, new, old)
 
     def _travelling(self, entry: TensorEntry, new: Bytes, old: Bytes | None) -> Iterator[Input]:

@@ -20,8 +20,7 @@ from ..common.stream import Stream
 from ..common.types import DTYPE_BYTES, Index, Manifest
 from .book import Book, Version
 from .checkpoint import Checkpoint
-from .compare import Comparison, RottenBaseError
-from .ingest import OnBytes, silent
+from .compare import Comparison, OnBytes, RottenBaseError, silent
 
 
 def release_dict(release: Release) -> dict[str, object]:
@@ -111,8 +110,8 @@ class Shown:
 def show_from_book(book: Book, version: str) -> Shown:
     """Raises: UnknownVersion, saying what there is."""
     record = book.version(version)
-    if record is None or not record.released:
-        raise _unknown(version, [v.version for v in book.versions() if v.released], f"store {book.store.root}")
+    if record is None:
+        raise _unknown(version, [v.version for v in book.versions()], f"store {book.store.root}")
     releases = tuple(release for release in book.releases() if release.version == version)
     base = releases[0].base if releases else None
     return Shown(

@@ -13,20 +13,29 @@ from typing import TYPE_CHECKING
 
 from ..common import wire
 from ..common.crashpoint import crash_point
-from ..common.errors import DamagedTensor, ProtocolError, UnknownVersion, UsageError, VersionExists
+from ..common.errors import (
+    DamagedTensor,
+    ProtocolError,
+    RefleetError,
+    StoreBusy,
+    UnknownVersion,
+    UsageError,
+    VersionExists,
+)
 from ..common.limits import LIMITS
 from ..common.messages import Release
 from ..common.redis_stream import AUTO, RedisStream
 from ..common.signing import SigningKey, seal
 from ..common.store import Collected, Store
 from ..common.stream import Stream
+from ..common.threads import Newest
 from ..common.types import VERSION_ID, Manifest, PayloadRef
-from .book import Book, PublisherState, Version, now_ms, released
-from .broadcast import broadcast, send_whole
+from .book import Book, Version, now_ms
+from .broadcast import broadcast
 from .checkpoint import open_checkpoint
 from .claim import LEASE_S, LOCK_S, Claim
+from .compare import OnBytes, silent
 from .fleet import Fleet, fleet
-from .ingest import OnBytes, silent
 from .payloads import Payloads, announcing
 from .published import Published
 from .retention import reasons_to_keep
@@ -76,6 +85,7 @@ class Publisher:
         self.book = Book(self.store)
         self.key = SigningKey.load(key) if isinstance(key, str | Path) else key
         self.keep, self._resident, self._notify = keep, resident, notify
+        self._anchors = Newest(self._anchor, name="refleet-anchor")
         self.claim = Claim(self.stream, self.book, take_over=take_over, notify=notify)
         self._payloads = Payloads(
             self.stream, self.book, budget_bytes=budget_bytes, wait_s=budget_wait_s, notify=notify,
@@ -99,7 +109,7 @@ class Publisher:
         The same content under the same id again is a no-op or a re-announcement, never an error. Names, dtypes and
         shapes must be those of the release before it unless `allow_structure_change`; workers whose engine can't
         follow refuse such a release, and serve on what they serve.
-        `on_progress(phase, done, total)` in bytes, for the phases "hash", "store" and "send".
+        `on_progress("send", done, total)` in bytes of the checkpoint.
         Raises: CheckpointError (nothing was published), PublisherBusy, StaleEpoch, OverBudget, StreamError, StoreError.
         """
         if version is not None and not VERSION_ID.match(version):
@@ -119,37 +129,30 @@ class Publisher:
 
             def accept(manifest: Manifest) -> bool:
                 self._check_id(version, manifest)
-                if not self._is_current(head, name, manifest):
-                    source, known = checkpoint.source, self._is_released(name)
-                    self.book.save_version(Version(name, manifest.fingerprint, known, now_ms(), message, source))
                 return wanted(fleet(self.stream), manifest, base)
 
             self._payloads.clean(fleet(self.stream))
-            if base is None:
-                manifest, payload = send_whole(
-                    checkpoint, self.store, self._payloads, check=lambda found: self._check_id(version, found),
-                    accept=accept, serving=self._serving(), notify=self._notify, on_progress=on_progress,
-                )  # fmt: skip
-            else:
-                manifest, payload = broadcast(
-                    checkpoint, base, self.store, self._payloads, resident=self._resident, accept=accept,
-                    on_progress=on_progress,
-                )  # fmt: skip
+            manifest, payload = broadcast(
+                checkpoint, base, self.store, self._payloads, resident=self._resident, accept=accept,
+                on_progress=on_progress,
+            )  # fmt: skip
             if head and self._is_current(head, name, manifest):
                 return Published(head, self.stream, already=True)
+            named = Version(name, manifest.fingerprint, now_ms(), message, checkpoint.source)
             changed = len(manifest.changed_from(base))
-            return self._commit("publish", name, manifest, head, payload, changed, message, restructure)
+            return self._commit("publish", named, manifest, head, payload, changed, message, restructure)
 
     def rollback(
         self, to: str, *, message: str = "", allow_structure_change: bool = False, on_progress: OnBytes = silent
     ) -> Published:
         """Make the earlier version `to` the target again: a new release, with payload only if a live worker needs it.
 
-        Raises: UnknownVersion (not here, or past retention), IncompatibleCheckpoint (see `publish`), PublisherBusy,
-        StaleEpoch, OverBudget, StreamError.
+        Raises: UnknownVersion (also past retention), IncompatibleCheckpoint (see `publish`), PublisherBusy, StaleEpoch,
+        OverBudget, StreamError.
         """
         with self._exclusive("rollback") as head:
-            manifest = self.book.manifest_of(to)
+            manifest, named = self.book.manifest_of(to), self.book.version(to)
+            assert named is not None, "its manifest was found by it"
             if head and head.version == to and self._is_target(head):
                 return Published(head, self.stream, already=True)
             base = self._manifest(head)
@@ -158,12 +161,12 @@ class Publisher:
             )  # fmt: skip
             changed = len(manifest.changed_from(base))
             payload = self._payload(manifest, base, on_progress)
-            return self._commit("rollback", to, manifest, head, payload, changed, message, restructure)
+            return self._commit("rollback", named, manifest, head, payload, changed, message, restructure)
 
     def collect(self, keep: int | None = None) -> tuple[dict[str, str], Collected]:
         """Drop versions past retention; returns why each of the others is kept, by version id, and what was freed."""
         with self._exclusive("collect"):
-            return self._collect(keep or self.keep)
+            return self._collect(keep or self.keep, wait_s=LOCK_S)
 
     def target(self) -> Release | None:
         """The last release of this store."""
@@ -171,6 +174,7 @@ class Publisher:
 
     def close(self) -> None:
         """Stop answering, close store and connections. The lease expires by itself."""
+        self._anchors.close()
         if self.service:
             self.service.stop()
         self.stream.close()
@@ -204,7 +208,7 @@ class Publisher:
 
     def _check_id(self, version: str | None, manifest: Manifest) -> None:
         before = self.book.version(version) if version else None
-        if before and before.released and before.fingerprint != manifest.fingerprint:
+        if before and before.fingerprint != manifest.fingerprint:
             raise VersionExists(
                 f"version {version!r} exists with other content",
                 about=f"fingerprint {before.fingerprint.hex()[:16]} there, {manifest.fingerprint.hex()[:16]} here",
@@ -221,17 +225,18 @@ class Publisher:
         return self._payloads.send(manifest, base, on_progress=lambda done, total: on_progress("send", done, total))
 
     def _commit(
-        self, kind: str, name: str, manifest: Manifest, head: Release | None, payload: PayloadRef | None, changed: int,
-        message: str, restructure: bool,
+        self, kind: str, named: Version, manifest: Manifest, head: Release | None, payload: PayloadRef | None,
+        changed: int, message: str, restructure: bool,
     ) -> Published:  # fmt: skip
-        """Number, sign, record, append: from here on the release is real."""
+        """Settle what it is made of, number, sign, record, append: from here on the release is real."""
+        self.store.settle()
         with self.store.lock("log", wait_s=LOCK_S, holder="commit"):
             lease, last = self.claim.renew(), self.stream.last_ids()[0]
             if last[0] > lease.epoch:  # somebody wrote it without a claim; the log takes nothing below it
                 lease = self.claim.above(last[0])
-            seq = max(self.book.state().seq, last[1]) + 1
+            seq = max(head.seq if head else 0, last[1]) + 1
             release = Release(
-                model=self.model, publisher=self.store.id, epoch=lease.epoch, seq=seq, kind=kind, version=name,
+                model=self.model, publisher=self.store.id, epoch=lease.epoch, seq=seq, kind=kind, version=named.version,
                 fingerprint=manifest.fingerprint, base=head.fingerprint if head else None, payload=payload,
                 changed_tensors=changed, total_tensors=len(manifest.tensors),
                 payload_bytes=payload.size_bytes if payload else 0, full_bytes=manifest.size_bytes,
@@ -239,29 +244,33 @@ class Publisher:
             )  # fmt: skip
             data = seal(wire.pack(release), self.key)
             crash_point("publisher.before-record")
-            version = self.book.version(name)
-            if version and not version.released:
-                self.book.save_version(released(version))
-            self.book.save_state(PublisherState(lease.epoch, seq))
-            self.book.save_release(release, data)
+            new = self.book.version(named.version) is None
+            self.book.save_release(release, data, named if new else None)
             crash_point("publisher.recorded")
             try:
                 self.stream.append(lease, seq, data, ttl_s=LEASE_S)
             except ProtocolError:
-                self.book.drop_release(release)  # refused by the fence: it never existed
-                if version:
-                    self.book.save_version(version)
+                self.book.drop_release(release, version=new)  # refused by the fence: it never existed
                 raise
         crash_point("publisher.announced")
-        with suppress(DamagedTensor):  # it is found again, and healed, by whoever needs it
-            self.store.anchor(manifest)  # now and then, so that no version takes many deltas to rebuild
-        self._collect(self.keep)
+        with suppress(StoreBusy):  # a version is being written whole: the next release collects
+            self._collect(self.keep)
+        self._anchors.put(manifest)
         return Published(release, self.stream)
 
-    def _collect(self, keep: int) -> tuple[dict[str, str], Collected]:
+    def _collect(self, keep: int, *, wait_s: float = 0.0) -> tuple[dict[str, str], Collected]:
         reasons = reasons_to_keep(self.book.releases(), fleet(self.stream), self.book.payloads(), keep=keep)
         kept_ids = {v.version: reasons[v.fingerprint] for v in self.book.versions() if v.fingerprint in reasons}
-        return kept_ids, self.store.collect(reasons)
+        return kept_ids, self.store.collect(reasons, wait_s=wait_s)
+
+    def _anchor(self, manifest: Manifest) -> None:
+        """Now and then one is written whole, so that none takes many deltas to rebuild."""
+        try:
+            self.store.anchor(manifest)
+        except DamagedTensor:  # it is found again, and healed, by whoever needs it
+            return
+        except RefleetError as error:  # it is there as deltas all the same
+            self._notify(f"could not write the version whole: {error.what}")
 
     def _free_id(self) -> str:
         taken = {v.version for v in self.book.versions()}
@@ -269,10 +278,6 @@ class Publisher:
         while f"v{number}" in taken:
             number += 1
         return f"v{number}"
-
-    def _is_released(self, name: str) -> bool:
-        version = self.book.version(name)
-        return version is not None and version.released
 
     def _is_current(self, head: Release | None, name: str, manifest: Manifest) -> bool:
         """Whether the fleet's target is this version already, under this name."""

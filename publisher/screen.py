@@ -13,10 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ..common.messages import Ack
+from .compare import OnBytes, silent
 from .fleet import Fleet, WorkerView
-from .ingest import OnBytes, silent
 
-_PHASES = {"hash": "reading", "store": "storing", "send": "sending", "compare": "comparing"}
+_PHASES = {"send": "sending", "compare": "comparing"}
 OnFleet = Callable[[Fleet, dict[str, Ack]], None]
 
 
@@ -90,7 +90,7 @@ class Screen:
 
     @contextmanager
     def phases(self) -> Iterator[OnBytes]:
-        """Bars for reading, storing and sending; nothing unless standard error is a terminal."""
+        """Bars for sending and comparing; nothing unless standard error is a terminal."""
         if not self.live:
             yield silent
             return

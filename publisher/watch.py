@@ -27,7 +27,7 @@ from ..common.errors import (
 )
 from ..common.types import VERSION_ID
 from .checkpoint import open_checkpoint
-from .ingest import hashed
+from .compare import hashed
 from .publish import Publisher
 from .published import Published
 
@@ -121,7 +121,7 @@ class Watch:
     def _deal(self, found: Found, now: list[Found]) -> Happened:
         same = [other for other in now if other.version == found.version and other.path != found.path]
         known = self.publisher.book.version(found.version)
-        if known is None or not known.released:
+        if known is None:
             rivals = [other for other in same if (other.modified_ns, other.path) < (found.modified_ns, found.path)]
             if rivals:
                 return self._ambiguous(found, rivals[0])

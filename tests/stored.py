@@ -41,7 +41,14 @@ def manifest_of(tensors: Tensors) -> Manifest:
 
 
 def put(store: Store, tensors: Tensors) -> Manifest:
-    """Puts a version in as a writer does."""
+    """Puts a version in as a writer does, so that it survives a power cut."""
+    manifest = put_unsettled(store, tensors)
+    store.settle()
+    return manifest
+
+
+def put_unsettled(store: Store, tensors: Tensors) -> Manifest:
+    """The same, as far as it goes until it is served."""
     manifest = manifest_of(tensors)
     with store.writing():
         lacking = {entry.spec.name for entry in store.missing(manifest)}

@@ -11,7 +11,7 @@ from refleet.common.errors import UnknownVersion
 from refleet.common.messages import Ack, Evidence
 from refleet.common.tensors import tensor_bytes
 from refleet.worker.memory_engine import MemoryEngine
-from stored import flip, flip_tensor, packs
+from stored import content, flip, flip_tensor, packs
 from world import State, World, checkpoint, holds, reason, served
 
 Until = Callable[..., None]
@@ -30,7 +30,7 @@ def healing(world: World, worker_id: str = "w0") -> list[str]:
 def only_on_disk(world: World, until: Until) -> None:
     """What `w0` serves is written whole and no longer in its memory, as it would be after a restart."""
     worker = world.workers["w0"]
-    until(lambda: packs(worker.store) and not worker._pursuit.anchors.busy, "the version is written whole")
+    until(lambda: packs(worker.store) and not worker._pursuit.upkeep.busy, "the version is written whole")
     worker.store.memory.close()
 
 
@@ -201,8 +201,10 @@ def test_a_delta_is_encoded_without_a_damaged_base_tensor(small_world: World) ->
     second = checkpoint(2, change=0.02, base=first)
     publisher, worker = world.publisher(), world.worker()
     publisher.publish(first, version="v1").wait(workers=1, timeout_s=20)
+    publisher.close()  # it is written whole by then, and in nobody's memory
+    world.publisher().collect()  # the delta that it came as went
     flip_tensor(publisher.store, data_of(first))
-    published = publisher.publish(second, version="v2")
+    published = world.publisher().publish(second, version="v2")
     published.wait(workers=1, timeout_s=20)
     assert holds(worker, second)
     assert published.release.payload_bytes > SIZE // 2, "that tensor travelled whole"
@@ -235,3 +237,17 @@ def test_a_damaged_manifest_of_the_target_does_not_stop_the_next_publish(small_w
     assert isinstance(reason(lambda: world.publisher().rollback("v1")), UnknownVersion)
     publisher.publish(checkpoint(2), version="v2").wait(workers=1, timeout_s=20)
     assert holds(worker, checkpoint(2))
+
+
+def test_publishing_the_same_checkpoint_again_heals_the_store(small_world: World) -> None:
+    world, state = small_world, checkpoint(1)
+    publisher = world.publisher()
+    fingerprint = publisher.publish(state, version="v1").release.fingerprint
+    publisher.close()
+    flip_tensor(publisher.store, data_of(state))
+    again = world.publisher()
+    assert again.publish(state, version="v1").already
+    again.close()
+    healed = world.publisher()
+    found = content(healed.store, healed.store.manifest(fingerprint))
+    assert found[NAME] == data_of(state)

@@ -26,7 +26,7 @@ FAKE = "f" * 32  # a payload that no release names
 
 
 def kept(worker: Worker) -> set[Path]:
-    """What the worker's store holds of versions, but for what it writes whole in the background."""
+    """What the worker's store holds of versions, but for what was written whole in the background."""
     return {path for name in ("deltas", "manifests") for path in (worker.store.root / name).iterdir()}
 
 
@@ -57,6 +57,7 @@ def test_a_payload_that_is_never_released_leaves_no_trace(
 ) -> None:
     publisher, worker = small_world.publisher(), small_world.worker()
     publisher.publish(FIRST, version="v1").wait(workers=1, timeout_s=20)
+    until(lambda: not worker._pursuit.upkeep.busy, "the version is written whole")
     before, there = early_bytes(worker), kept(worker)
     gate, changing = slow(publisher), {name: tensor.clone() for name, tensor in SECOND.items()}
     published = gate.publish(changing, "v2")

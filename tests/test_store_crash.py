@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from refleet.common.digest import tensor_digest
 from refleet.common.store import Store
-from stored import KIB, collect, content, flip_tensor, manifest_of, packs, put, run, temp_files, version
+from stored import KIB, collect, content, flip_tensor, manifest_of, packs, put, put_unsettled, run, temp_files, version
 
 PACK_POINTS = ["store.object-written", "store.pack-written", "store.pack-synced", "store.pack-renamed"]
+CONTENT_POINTS = [*PACK_POINTS, "store.record-temp", "store.record-renamed", "store.settled"]
 RECORD_POINTS = ["store.record-temp", "store.record-written", "store.record-synced", "store.record-renamed"]
 COLLECT_POINTS = ["store.manifests-dropped", "store.pack-dropped", "store.pack-copied", *PACK_POINTS]
 
@@ -40,14 +41,14 @@ def check_no_traces(store: Store) -> None:
 
 
 @pytest.mark.parametrize("pack_bytes", [100 * KIB, 1 << 30])
-@pytest.mark.parametrize("point", PACK_POINTS + RECORD_POINTS)
+@pytest.mark.parametrize("point", CONTENT_POINTS)
 def test_killed_while_a_version_is_put_in(tmp_path: Path, point: str, pack_bytes: int) -> None:
     first = put(Store(tmp_path), version(1))
     killed(PUT_AND_DIE, tmp_path, point, pack_bytes)
     store = Store(tmp_path)
     check_no_traces(store)
     second = manifest_of(version(2))
-    assert (second.fingerprint in store.manifests()) is (point == "store.record-renamed")
+    assert (second.fingerprint in store.manifests()) is (point in ("store.record-renamed", "store.settled"))
     if second.fingerprint in store.manifests():
         assert content(store, second) == version(2)
     for name, data in version(2).items():  # what is visible of it is whole
@@ -79,7 +80,7 @@ def test_killed_while_versions_are_removed(tmp_path: Path, point: str) -> None:
     assert sizes[0] == sizes[1]
 
 
-@pytest.mark.parametrize("point", PACK_POINTS + RECORD_POINTS)
+@pytest.mark.parametrize("point", CONTENT_POINTS)
 def test_killed_while_a_damaged_tensor_is_healed(tmp_path: Path, point: str) -> None:
     held = put(Store(tmp_path), version(1))
     flip_tensor(Store(tmp_path), version(1)["layer.0"])
@@ -142,11 +143,33 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_bytes_are_synced_before_their_name_and_the_name_before_the_next_step(tmp_path: Path, calls: list[str]) -> None:
     store = Store(tmp_path)
     calls.clear()
+    store.put_record("state", b"1")
+    assert calls == ["sync temp/*", "rename temp/* records/*", "sync records"]
+    calls.clear()
+    store.put_records({"first": b"1", "second": b"2"})
+    assert calls == ["sync temp/*"] * 2 + ["rename temp/* records/*"] * 2 + ["sync records"]
+
+
+def test_what_its_digest_proves_is_visible_at_once_and_settled_later(tmp_path: Path, calls: list[str]) -> None:
+    store = Store(tmp_path)
+    calls.clear()
     put(store, version(1))
     assert calls == [
         "sync temp/*", "rename temp/* packs/*", "sync packs",
-        "sync temp/*", "rename temp/* manifests/*", "sync manifests",
+        "rename temp/* manifests/*", "sync manifests/*", "sync manifests",
     ]  # fmt: skip
+    calls.clear()
+    store.settle()
+    assert calls == [], "once"
+
+
+def test_what_is_new_is_settled_before_anything_older_goes(tmp_path: Path, calls: list[str]) -> None:
+    store = Store(tmp_path)
+    put(store, version(1))
+    put_unsettled(store, version(2))
+    calls.clear()
+    store.collect([manifest_of(version(2)).fingerprint])
+    assert calls[:3] == ["sync manifests/*", "sync manifests", "remove manifests/*"]
 
 
 def test_removed_manifests_are_synced_before_their_tensors_go(tmp_path: Path, calls: list[str]) -> None:

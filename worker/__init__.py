@@ -6,7 +6,7 @@ gate     requests hold one version         engine          what an engine must d
 board    status of this worker             acks, heart     tell the fleet
 worker   the Worker and its loop           http, metrics   tell probes and Prometheus
 cli      `refleet-worker`                 doctor         can this machine serve?
-anchors  versions written whole, in the background
+upkeep   what a served version leaves to do: settled, older ones removed, now and then one written whole
 
 TensorRT, in the order in which a version flows:
 recipe     what a factory returns           tensorrt_engine  the engine: which way a version goes in

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..common.crashpoint import crash_point
 from ..common.errors import StoreError, UsageError
-from ..common.records import sync_folder
+from ..common.records import sync_path
 from .bundle_record import is_bundle_file
 
 _TEMP_SUFFIX = ".refleet-tmp"
@@ -59,11 +59,11 @@ def replace_folder(folder: Path, files: Mapping[str, bytes]) -> None:
                     while rest:
                         rest = rest[file.write(rest) :]  # Linux writes at most 2 GiB a call
                     os.fsync(file.fileno())
-            sync_folder(temp)
+            sync_path(temp)
             crash_point("bundle.written")
             _exchange(temp, folder)
             crash_point("bundle.renamed")
-            sync_folder(folder.parent)
+            sync_path(folder.parent)
     except OSError as error:
         raise StoreError(
             f"the bundle could not be written: {error.strerror or error}", about=str(folder),

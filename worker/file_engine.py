@@ -19,7 +19,7 @@ from ..common.digest import tensor_digest, tensor_digest_of
 from ..common.errors import DigestMismatch, NotRefittable, RefitFailed, UsageError
 from ..common.limits import KIB, LIMITS
 from ..common.messages import Serving
-from ..common.records import sync_folder
+from ..common.records import sync_path
 from ..common.types import Manifest, TensorSpec
 from .engine import Digest, StagedVersion, check_specs
 from .on_serving import parse_command, run_command
@@ -102,7 +102,7 @@ class FileEngine:
                 temp.unlink(missing_ok=True)
                 raise
             crash_point("file_engine.renamed")
-            sync_folder(self.path.parent)
+            sync_path(self.path.parent)
         except OSError as error:
             raise RefitFailed(
                 f"{self.path} could not be written: {error.strerror or error}",

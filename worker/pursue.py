@@ -18,7 +18,6 @@ from ..common.errors import (
     Quarantined,
     RefitFailed,
     RefleetError,
-    StoreBusy,
     StoreFull,
     StreamError,
     StreamGap,
@@ -28,9 +27,9 @@ from ..common.limits import LIMITS
 from ..common.messages import Ack, Evidence, Failure, Release, Serving, Verified, VerifyRequest, Want
 from ..common.store import Store
 from ..common.stream import Stream
+from ..common.threads import Newest
 from ..common.types import Manifest, PayloadRef
 from .acks import Acks
-from .anchors import Anchors
 from .apply import Clock, switch, verify
 from .board import APPLYING, FAILED, QUARANTINED, RECEIVING, SERVING, WAITING, Board, failure_of
 from .early import Early
@@ -42,6 +41,7 @@ from .receive import BAD_PAYLOAD, Holdings, choose
 from .stage import stage
 from .state import Goal, Staged, WorkerState, save
 from .turn import turn
+from .upkeep import upkeep
 
 #: after this many bad payloads towards one release the worker says that it failed, and takes its time with the next
 _BAD_PAYLOADS = 5
@@ -65,7 +65,7 @@ class Pursuit:
         self._want: Want | None = None
         self._retry_s = 0.0
         self._acks, self._stopping = acks, stopping
-        self.anchors = Anchors(store, warn=board.warn)
+        self.upkeep = Newest(partial(upkeep, store=store, warn=board.warn), name="refleet-upkeep")
         self.early = Early(stream, store, on_bytes=board.received_early)
 
     @property
@@ -259,7 +259,6 @@ class Pursuit:
         self._store.memory.pin(staged.manifest.digests)
         self._refused, self._bad_payloads, self._want = [], 0, None
         crash_point("worker.switched")
-        self._collect()
         failure = self._failed.get(state.release.order) if state.release else None
         wanted = Goal.of(state, state.release).serving if state.release and failure else goal.serving
         self._board.show(
@@ -270,7 +269,8 @@ class Pursuit:
         self._ack(goal.serving, Evidence.SERVING, received=received, timings=timings, probe=done.probe)
         if warning := self._engine.served(goal.serving):
             self._board.warn(warning)
-        self.anchors.served(staged.manifest)
+        self._store.keep(state.recent)
+        self.upkeep.put(staged.manifest)
 
     def _base(self, goal: Goal) -> Manifest | None:
         """What the engine holds and need not be given again for `goal`; None: everything is written and read back."""
@@ -307,14 +307,6 @@ class Pursuit:
     def _show_holdings(self) -> None:
         status = self._board.status
         self._board.show(self._board.state, have=self._holdings().have, failure=status.failure, want=status.want)
-
-    def _collect(self) -> None:
-        try:
-            self._store.collect(self._state.recent)
-        except StoreBusy:  # a version is being staged here or written whole: the next switch collects
-            return
-        except RefleetError as error:  # housekeeping must not undo a switch that is proven and durable
-            self._board.warn(f"could not remove old versions: {error.what}")
 
     def _ack(
         self, version: Serving | None, evidence: Evidence, *, received: int = 0,

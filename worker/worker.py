@@ -197,7 +197,7 @@ class Worker:
             self._stream.close()
             self._heart.stop()
             self._pursuit.early.close()
-            self._pursuit.anchors.close()
+            self._pursuit.upkeep.close()
             self._closing.close()
 
     def _say_goodbye(self) -> None:
