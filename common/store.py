@@ -84,14 +84,14 @@ class Store(NamedRecords):
         self._locks = self.root / "locks"
         packs, deltas, manifests = content / "packs", content / "deltas", content / "manifests"
         self.id = opened(self.root, self._records)
-        opened(content, packs, deltas, manifests)
+        content_id = opened(content, packs, deltas, manifests)
         self._keepers = Keepers(content, self.id) if shared else None
         temp = content / "temp"
         self._manifests = Manifests(manifests, temp=temp)
         order = content / "locks" / "order"
         self._objects = Objects(packs, temp=temp, order_lock=order, pack_bytes=pack_bytes)
         #: tensors in memory, and buffers for them
-        self.memory = HostMemory(content) if shared else Memory()
+        self.memory = HostMemory(content_id) if shared else Memory()
         self._derived = Derived(deltas, temp=temp, order_lock=order, memory=self.memory, whole=self._whole)
 
     def __enter__(self) -> Store:
