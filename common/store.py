@@ -39,7 +39,7 @@ from .objects import Batch, Objects
 from .pack import HEAL, PACK_BYTES
 from .records import locked, sweep
 from .retention import retain
-from .store_folder import Keepers, opened
+from .store_folder import Keepers, opened, refuse_shared
 from .types import Manifest, TensorEntry
 
 _OWN_LOCKS = {"id", "objects", "order"}
@@ -75,13 +75,14 @@ class Store(NamedRecords):
     def __init__(self, root: Path | str, *, shared: Path | None = None, pack_bytes: int = PACK_BYTES):
         """Opens the store in folder `root`, or makes one there; `shared` is the folder for what workers share.
 
-        Raises: MalformedRecord when its id is damaged.
+        Raises: MalformedRecord when its id is damaged, UsageError when `root` is what workers share.
         """
         self.root = Path(root)
         #: where tensors and manifests lie
         self.content = content = shared or self.root
         super().__init__(self.root / "records", temp=self.root / "temp")
         self._locks = self.root / "locks"
+        refuse_shared(self.root)
         packs, deltas, manifests = content / "packs", content / "deltas", content / "manifests"
         self.id = opened(self.root, self._records)
         content_id = opened(content, packs, deltas, manifests)
@@ -261,6 +262,7 @@ class Store(NamedRecords):
         with locked(self.content / "locks" / "objects", wait_s=wait_s, holder="collect"):
             freed_bytes = sweep(self.content / "temp")
             self._objects.refresh(force=True)
+            self._derived.refresh(force=True)  # what is not known here would be taken for garbage
             if self._keepers:
                 self._keepers.keep(keep)
             kept = frozenset(keep) | (self._keepers.wanted() if self._keepers else frozenset())

@@ -8,6 +8,7 @@ previous version goes on being served, and the ack says why).
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 from ..common.crashpoint import crash_point
@@ -17,6 +18,7 @@ from ..common.errors import (
     RefitFailed,
     RefleetError,
     StoreBusy,
+    StoreError,
     StoreFull,
     StreamError,
 )
@@ -65,6 +67,8 @@ class Pursuit:
         self._show_holdings()
         if serving is None:
             return
+        with suppress(StoreError):  # a full disk: what was kept before is kept for some days
+            self._store.keep(self._state.recent)
         try:
             goal, clock = Goal(serving, None, restructure=True), Clock()  # as it was accepted before
             manifest = self._store.manifest(serving.fingerprint)
@@ -109,7 +113,7 @@ class Pursuit:
         except StreamError:
             self._staging.ask_again()
             raise
-        except StoreFull as error:
+        except (StoreBusy, StoreFull) as error:
             self._board.show(FAILED, str(error), failure=failure_of(error))
             self._ack(goal.serving, Evidence.NONE, error=error)
             self._staging.pause()
