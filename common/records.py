@@ -171,6 +171,14 @@ def sweep(folder: Path) -> int:
     return freed_bytes
 
 
+def file_bytes(path: Path) -> int:
+    """Its size; 0 where it was removed since its folder was listed."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
 def remove(path: Path) -> int:
     """Removes a file, if it is there; returns its bytes. Raises: StoreFull, StoreError."""
     with disk_errors(path):

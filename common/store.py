@@ -37,9 +37,9 @@ from .memory import Memory
 from .named_records import NAME, NamedRecords
 from .objects import Batch, Objects
 from .pack import HEAL, PACK_BYTES
-from .records import Unsettled, locked, sweep
+from .records import Unsettled, file_bytes, locked, sweep
 from .retention import retain
-from .store_folder import Keepers, opened
+from .store_folder import Keepers, opened, refuse_shared
 from .types import Manifest, TensorEntry
 
 _OWN_LOCKS = {"id", "objects", "order"}
@@ -75,16 +75,17 @@ class Store(NamedRecords):
     def __init__(self, root: Path | str, *, shared: Path | None = None, pack_bytes: int = PACK_BYTES):
         """Opens the store in folder `root`, or makes one there; `shared` is the folder for what workers share.
 
-        Raises: MalformedRecord when its id is damaged.
+        Raises: MalformedRecord when its id is damaged, UsageError when `root` is what workers share.
         """
         self.root = Path(root)
         #: where tensors and manifests lie
         self.content = content = shared or self.root
         super().__init__(self.root / "records", temp=self.root / "temp")
         self._locks = self.root / "locks"
+        refuse_shared(self.root)
         packs, deltas, manifests = content / "packs", content / "deltas", content / "manifests"
         self.id = opened(self.root, self._records)
-        opened(content, packs, deltas, manifests)
+        content_id = opened(content, packs, deltas, manifests)
         self._keepers = Keepers(content, self.id) if shared else None
         self._kept: frozenset[bytes] = frozenset()
         temp = content / "temp"
@@ -93,7 +94,7 @@ class Store(NamedRecords):
         order = content / "locks" / "order"
         self._objects = Objects(packs, temp=temp, order_lock=order, pack_bytes=pack_bytes)
         #: tensors in memory, and buffers for them
-        self.memory = HostMemory(content) if shared else Memory()
+        self.memory = HostMemory(content_id) if shared else Memory()
         self._derived = Derived(
             deltas, temp=temp, order_lock=order, memory=self.memory, whole=self._whole, unsettled=self._unsettled
         )
@@ -115,7 +116,7 @@ class Store(NamedRecords):
     def size_bytes(self) -> int:
         """What tensors, manifests, records and temp files take on disk."""
         folders = {self._objects.folder, self._derived.folder, self._manifests.folder, self._records, self._temp}
-        return sum(_size_bytes(path) for folder in folders for path in folder.iterdir())
+        return sum(file_bytes(path) for folder in folders for path in folder.iterdir())
 
     # tensors
 
@@ -274,6 +275,7 @@ class Store(NamedRecords):
         with locked(self.content / "locks" / "objects", wait_s=wait_s, holder="collect"):
             freed_bytes = sweep(self.content / "temp")
             self._objects.refresh(force=True)
+            self._derived.refresh(force=True)  # what is not known here would be taken for garbage
             kept = self._kept.union(keep, self._keepers.wanted() if self._keepers else ())
             removed, freed = self._manifests.drop(kept, grace_s=grace_s)
             crash_point("store.manifests-dropped")
@@ -291,10 +293,3 @@ class Store(NamedRecords):
 
     def _whole(self, digest: bytes) -> Bytes:
         return np.frombuffer(self._objects.read(digest, verify=False), np.uint8)
-
-
-def _size_bytes(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:  # removed since the folder was listed
-        return 0

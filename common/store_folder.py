@@ -11,11 +11,12 @@ from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
-from .errors import MalformedRecord
+from .errors import MalformedRecord, UsageError
 from .records import disk_errors, locked, read_file, remove, sweep, write_file
 
 _ID = re.compile(rb"refleet store 1 ([0-9a-f]{32})\n")
 _SETUP_WAIT_S = 60.0
+_KEEPERS = "keepers"
 _FINGERPRINT_BYTES = 32
 #: what a worker wanted is kept for so long after it ended: it may come back
 GONE_AFTER_S = 7 * 86400.0
@@ -46,11 +47,17 @@ def opened(root: Path, *folders: Path) -> str:
     return found[1].decode()
 
 
+def refuse_shared(root: Path) -> None:
+    """Whoever takes the folder that workers share for its own would remove what they keep. Raises: UsageError."""
+    if (root / _KEEPERS).exists():
+        raise UsageError(f"workers share the folder {root}: it is no store of its own", next="name another folder")
+
+
 class Keepers:
     """Which versions each user of a shared store wants: one file per user, with a lock that says whether it lives."""
 
     def __init__(self, content: Path, owner: str):
-        self._folder, self._temp, self._locks = content / "keepers", content / "temp", content / "locks"
+        self._folder, self._temp, self._locks = content / _KEEPERS, content / "temp", content / "locks"
         self._own = self._folder / owner
         with disk_errors(self._folder):
             self._folder.mkdir(exist_ok=True)

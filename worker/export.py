@@ -47,6 +47,10 @@ def opened(state_dir: Path) -> Iterator[Store]:
         )
     with Store(state_dir) as own:
         shared = shared_by(own)
+    if shared and not (shared / "id").is_file():
+        raise UsageError(
+            f"the worker shares the folder {shared}, which is not here", next="run this where the worker runs"
+        )
     with Store(state_dir, shared=shared) as store:
         yield store
 

@@ -7,8 +7,8 @@ previous version goes on being served, and the ack says why).
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -18,34 +18,27 @@ from ..common.errors import (
     Quarantined,
     RefitFailed,
     RefleetError,
+    StoreBusy,
+    StoreError,
     StoreFull,
     StreamError,
-    StreamGap,
-    UnknownVersion,
 )
 from ..common.limits import LIMITS
-from ..common.messages import Ack, Evidence, Failure, Release, Serving, Verified, VerifyRequest, Want
+from ..common.messages import Ack, Evidence, Failure, Release, Serving, Verified, VerifyRequest
 from ..common.store import Store
 from ..common.stream import Stream
 from ..common.threads import Newest
-from ..common.types import Manifest, PayloadRef
+from ..common.types import Manifest
 from .acks import Acks
-from .apply import Clock, switch, verify
-from .board import APPLYING, FAILED, QUARANTINED, RECEIVING, SERVING, WAITING, Board, failure_of
-from .early import Early
+from .apply import Clock, switch
+from .board import APPLYING, FAILED, QUARANTINED, SERVING, WAITING, Board, failure_of
 from .engine import Engine
 from .follow import Follower
 from .gate import Gate
 from .prove import answer
-from .receive import BAD_PAYLOAD, Holdings, choose
-from .stage import stage
+from .staging import Staging, holdings_of
 from .state import Goal, Staged, WorkerState, save
-from .turn import turn
 from .upkeep import upkeep
-
-#: after this many bad payloads towards one release the worker says that it failed, and takes its time with the next
-_BAD_PAYLOADS = 5
-_RETRY_S = 5.0
 
 
 class Pursuit:
@@ -56,22 +49,19 @@ class Pursuit:
         follower: Follower, acks: Acks, *, keep: int, drain_s: float, stopping: Callable[[], bool],
     ):  # fmt: skip
         self._stream, self._store, self._engine, self._gate, self._board = stream, store, engine, gate, board
-        self._state, self._follower, self._keep, self._drain_s = state, follower, keep, drain_s
+        self._state, self._keep, self._drain_s = state, keep, drain_s
         self._holds: Manifest | None = None  # what the engine is known to hold
         self._remnant = False  # what was prepared for another version may still be in it
         self._failed: dict[tuple[int, int], Failure] = {}  # what is not tried again until there is a new release
-        self._refused: list[str] = []  # payloads that proved unusable for the goal
-        self._bad_payloads = 0
-        self._want: Want | None = None
-        self._retry_s = 0.0
-        self._acks, self._stopping = acks, stopping
+        self._acks = acks
+        self._staging = Staging(stream, store, engine, board, follower, ack=self._ack, stopping=stopping)
         self.upkeep = Newest(partial(upkeep, store=store, warn=board.warn), name="refleet-upkeep")
-        self.early = Early(stream, store, on_bytes=board.received_early)
+        self.early = self._staging.early
 
     @property
     def has_work(self) -> bool:
         """Whether `step` could get further without news from the stream."""
-        return self._goal() is not None and self._want is None and time.monotonic() >= self._retry_s
+        return self._goal() is not None and not self._staging.asks and not self._staging.pauses
 
     def resume(self) -> None:
         """After a restart: serve what was served, from this worker's own disk, after hashing all of it."""
@@ -79,13 +69,14 @@ class Pursuit:
         self._show_holdings()
         if serving is None:
             return
+        with suppress(StoreError):  # a full disk: what was kept before is kept for some days
+            self._store.keep(self._state.recent)
         try:
             goal, clock = Goal(serving, None, restructure=True), Clock()  # as it was accepted before
             manifest = self._store.manifest(serving.fingerprint)
             self._store.memory.pin(manifest.digests)
             staged = Staged(self._store, serving, manifest, goal.restructure)
-            with turn(self._store, stopping=self._stopping):  # whoever comes first rebuilds it for all
-                verify(staged, holds=None, clock=clock)
+            self._staging.rebuild(staged, holds=None, clock=clock)
             self._switch(goal, staged, 0, clock)
         except DamagedTensor as error:
             self._forget(error)
@@ -99,7 +90,8 @@ class Pursuit:
         `restructure`: it, or a release that it overtook, may have other names, dtypes or shapes.
         """
         self._state = replace(self._state, release=release, restructure=restructure or self._state.restructure)
-        self._refused, self._bad_payloads, self._want, self._retry_s, self._failed = [], 0, None, 0.0, {}
+        self._failed = {}
+        self._staging.begin()
         save(self._store, self._state)
         self.early.drop(but=release.payload)
         self._board.show(self._board.state, epoch=release.epoch)
@@ -114,19 +106,19 @@ class Pursuit:
         """Get as far as possible. Raises: StreamError when the server is away (served versions are not affected)."""
         self._acks.flush()
         goal = self._goal()
-        if goal is None or time.monotonic() < self._retry_s:
+        if goal is None or self._staging.pauses:
             return
         try:
             self._advance(goal)
         except DamagedTensor as error:
             self._forget(error)
         except StreamError:
-            self._want = None
+            self._staging.ask_again()
             raise
-        except StoreFull as error:
+        except (StoreBusy, StoreFull) as error:
             self._board.show(FAILED, str(error), failure=failure_of(error))
             self._ack(goal.serving, Evidence.NONE, error=error)
-            self._retry_s = time.monotonic() + _RETRY_S
+            self._staging.pause()
         except RefleetError as error:
             self._fail(goal, error)
         except Exception as error:  # the engine is the user's code
@@ -158,89 +150,15 @@ class Pursuit:
 
     def _advance(self, goal: Goal) -> None:
         clock = Clock()
-        manifest, received = self._stage(goal, clock)
+        manifest, received = self._staging.stage(goal, self._state, clock)
         if manifest is None:
             return
         staged = Staged(self._store, goal.serving, manifest, goal.restructure)
         with self._store.memory.pinned(manifest.digests):  # besides what the engine holds
-            verify(staged, holds=self._base(goal), clock=clock)
+            self._staging.rebuild(staged, holds=self._base(goal), clock=clock)
             self._ack(goal.serving, Evidence.STAGED, received=received, timings=clock.timings_ms)
             crash_point("worker.staged")
             self._switch(goal, staged, received, clock)
-
-    def _stage(self, goal: Goal, clock: Clock) -> tuple[Manifest | None, int]:
-        """The manifest once the goal is in the store, and the payload bytes that took; None while bytes are missing."""
-        target = goal.serving.fingerprint
-        self._store.keep((*self._state.recent, target))
-        if manifest := self._at_hand(goal):
-            return manifest, 0
-        holdings = self._holdings()
-        announced = [goal.payload] if goal.payload else []
-        ref = choose(announced + self._follower.offers(target), holdings, refused=self._refused)
-        if ref is None:
-            self._ask(goal, holdings)
-            return None, 0
-        self._want = None
-        self._board.show(
-            RECEIVING, f"receiving {goal.serving.version}", target=goal.serving, evidence=Evidence.NONE,
-            expected_bytes=ref.size_bytes,
-        )  # fmt: skip
-        self._store.memory.trim()  # the version before this one: its buffers take the next
-        try:
-            with (
-                clock.phase("stage"),
-                self.early.of(ref, stopping=self._stopping) as early,
-                turn(self._store, stopping=self._stopping),
-            ):
-                if manifest := self._at_hand(goal):  # another worker of this host staged it meanwhile
-                    return manifest, 0
-                manifest = stage(
-                    self._stream, self._store, ref, early=early,
-                    check=partial(self._engine.check, restructure=goal.restructure), on_progress=self._board.progress,
-                    on_received=lambda: self._ack(goal.serving, Evidence.RECEIVED),
-                )  # fmt: skip
-        except StreamGap:  # it is gone
-            self._refused.append(ref.payload_id)
-            return None, 0
-        except DamagedTensor:  # it builds on bit rot
-            self._refused.append(ref.payload_id)
-            raise
-        except BAD_PAYLOAD as error:
-            self._refuse(goal, ref, error)
-            return None, 0
-        self._show_holdings()
-        return manifest, self._board.status.received_bytes
-
-    def _at_hand(self, goal: Goal) -> Manifest | None:
-        """The goal's manifest if all of it is in the store: it costs no byte. Raises: NotRefittable."""
-        target = goal.serving.fingerprint
-        try:
-            manifest = self._store.manifest(target)
-        except UnknownVersion:
-            return None
-        if self._store.missing(manifest):
-            return None
-        self._engine.check(manifest, restructure=goal.restructure)
-        return manifest
-
-    def _refuse(self, goal: Goal, ref: PayloadRef, error: RefleetError) -> None:
-        """A payload that proved bad: another one will do. After some of them the release counts as failed for now."""
-        self._refused.append(ref.payload_id)
-        self._bad_payloads += 1
-        self._board.show(RECEIVING, f"refused a payload: {error.what}", failure=failure_of(error))
-        if self._bad_payloads % _BAD_PAYLOADS == 0:
-            self._ack(goal.serving, Evidence.NONE, error=error)
-            self._retry_s = time.monotonic() + _RETRY_S
-
-    def _ask(self, goal: Goal, holdings: Holdings) -> None:
-        """Show in the heartbeat what is needed: a standing request, not a message that could get lost."""
-        want = Want(goal.serving.fingerprint, holdings.lacks, tuple(self._refused[-64:]))
-        if want != self._want:
-            self._want = want
-            self._board.show(
-                WAITING, f"asking for {goal.serving.version}", target=goal.serving, evidence=Evidence.NONE, want=want,
-                have=holdings.have, failure=self._board.status.failure,
-            )  # fmt: skip
 
     def _switch(self, goal: Goal, staged: Staged, received: int, clock: Clock) -> None:
         self._board.show(APPLYING, f"applying {goal.serving.version}", target=goal.serving, evidence=Evidence.STAGED)
@@ -257,19 +175,20 @@ class Pursuit:
             raise
         self._holds, self._state, self._remnant = staged.manifest, state, False
         self._store.memory.pin(staged.manifest.digests)
-        self._refused, self._bad_payloads, self._want = [], 0, None
+        self._staging.begin()
         crash_point("worker.switched")
         failure = self._failed.get(state.release.order) if state.release else None
         wanted = Goal.of(state, state.release).serving if state.release and failure else goal.serving
         self._board.show(
             FAILED if failure else SERVING, f"serving {goal.serving.version}", target=wanted, serving=goal.serving,
-            evidence=Evidence.NONE if failure else Evidence.SERVING, failure=failure, have=self._holdings().have,
+            evidence=Evidence.NONE if failure else Evidence.SERVING, failure=failure, have=self._have(),
         )  # fmt: skip
         timings = clock.timings_ms | done.timings_ms
         self._ack(goal.serving, Evidence.SERVING, received=received, timings=timings, probe=done.probe)
         if warning := self._engine.served(goal.serving):
             self._board.warn(warning)
-        self._store.keep(state.recent)
+        with suppress(StoreError):  # a full disk: what was kept before stays
+            self._store.keep(state.recent)
         self.upkeep.put(staged.manifest)
 
     def _base(self, goal: Goal) -> Manifest | None:
@@ -283,7 +202,8 @@ class Pursuit:
 
     def _fail(self, goal: Goal, error: RefleetError) -> None:
         """Final for this release: keep serving what is served, say why."""
-        self._failed[goal.serving.order], self._want = failure_of(error), None
+        self._failed[goal.serving.order] = failure_of(error)
+        self._staging.ask_again()
         current = self._gate.current
         lost = current is None and (isinstance(error, Quarantined) or self._state.serving is not None)
         self._board.show(
@@ -295,18 +215,17 @@ class Pursuit:
     def _forget(self, error: DamagedTensor) -> None:
         """Bit rot: drop the object, so that the next step asks for it again."""
         self._store.forget(error.digest)
-        self._want = None
-        self._board.show(WAITING, f"healing: {error.what}", failure=failure_of(error), have=self._holdings().have)
+        self._staging.ask_again()
+        self._board.show(WAITING, f"healing: {error.what}", failure=failure_of(error), have=self._have())
 
     # ------------------------------------------------------------------ store and acks
 
-    def _holdings(self) -> Holdings:
-        first: Iterable[bytes] = (self._state.serving.fingerprint,) if self._state.serving else ()
-        return Holdings.of(self._store, first=[*first, *reversed(self._state.recent)])
-
     def _show_holdings(self) -> None:
         status = self._board.status
-        self._board.show(self._board.state, have=self._holdings().have, failure=status.failure, want=status.want)
+        self._board.show(self._board.state, have=self._have(), failure=status.failure, want=status.want)
+
+    def _have(self) -> tuple[bytes, ...]:
+        return holdings_of(self._store, self._state).have
 
     def _ack(
         self, version: Serving | None, evidence: Evidence, *, received: int = 0,

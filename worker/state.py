@@ -14,7 +14,7 @@ from ..common.digest import digest_of
 from ..common.errors import DamagedTensor, UsageError
 from ..common.messages import Release, Serving
 from ..common.store import Store
-from ..common.types import WORKER_ID, Manifest, PayloadRef
+from ..common.types import MODEL_NAME, WORKER_ID, Manifest, PayloadRef
 
 STATE = "worker"
 SHARE = "share"
@@ -72,8 +72,10 @@ def owned_state(
     """
     if not WORKER_ID.match(worker):
         raise UsageError(f"worker id {worker!r} is not [A-Za-z0-9][A-Za-z0-9._-]{{0,63}}", next="choose one with --id")
+    if not MODEL_NAME.match(model):
+        raise UsageError(f"model name {model!r} is not [a-z0-9][a-z0-9._-]{{0,63}}", next="choose one with --model")
     folder, shared = Path(state_dir), None if share is None else Path(share).absolute() / model
-    if shared and (shared / "records").exists():
+    if shared and ((shared / "records").exists() or shared.resolve() == folder.resolve()):
         raise UsageError(
             f"{shared} is a store of its own: it can't be shared",
             next="name another folder with --share; it is made if it is not there",
@@ -85,7 +87,7 @@ def owned_state(
             )
         remembered = load(store, worker=worker, model=model, folder=folder)
         if shared_by(store) != shared:
-            store.put_record(SHARE, os.fsencode(shared or ""), sync=False)
+            store.put_record(SHARE, os.fsencode(shared or ""))
         yield store, remembered
 
 
