@@ -103,23 +103,33 @@ def timeline(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def scale(found: dict[str, list[Costs]], path: Path) -> None:
-    """A panel for each part: costs against x, both logarithmic, with what slope 1 looks like."""
+    """A panel for each part: how many times its value at the first point each cost grows to, both axes logarithmic."""
     parts = {part: rows for part, rows in found.items() if len(rows) > 1}
-    figure, panels = pyplot.subplots(1, len(parts), figsize=(max(10, 3.4 * len(parts)), 4.8), squeeze=False)
+    figure, panels = pyplot.subplots(1, len(parts), figsize=(10, 5), squeeze=False)
     for panel, (part, rows) in zip(panels.flat, parts.items(), strict=True):
         label, columns = PARTS[part]
         x = [row["x"] for row in rows]
+        panel.plot(x, [each / x[0] for each in x], color="#999999", linewidth=0.9, linestyle="--", label="linear")
         for column, marker in zip(columns, "osD^vP*X", strict=False):
-            y = [max(row[column.cost] * column.factor, 1e-4) for row in rows]
-            panel.plot(x, y, marker=marker, markersize=4, linewidth=1.2, label=f"{column.heading}, {column.expected}")
-        low, high = panel.get_ylim()
-        panel.plot(x, [low * 1.5 * each / x[0] for each in x], color="#999999", linewidth=0.8, linestyle="--",
-                   label="slope 1")  # fmt: skip
-        panel.set(xscale="log", yscale="log", xlabel=label, title=f"cost against {part}")
-        panel.set_ylim(max(low, 1e-4), high)
-        panel.tick_params(labelsize=8)
+            start = max(rows[0][column.cost], 1e-9)
+            y = [max(row[column.cost], 1e-9) / start for row in rows]
+            unit = f"{start * column.factor:.3g} {column.heading.split()[-1]}"
+            what = f"{column.heading.rsplit(' ', 1)[0]}: {column.expected}, from {unit}"
+            panel.plot(x, y, marker=marker, markersize=4, linewidth=1.2, label=what)
+        panel.set(xscale="log", yscale="log")
+        panel.set_xlabel(label, fontsize=8)
+        panel.set_title(f"cost against {part}, x the first", fontsize=9)
+        panel.xaxis.set_major_locator(ticker.FixedLocator(x))
+        panel.xaxis.set_major_formatter(
+            ticker.FuncFormatter(lambda value, _: f"{value:.2g}" if value < 100 else f"{value:,.0f}")
+        )
+        panel.xaxis.set_minor_locator(ticker.NullLocator())
+        panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+        panel.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        panel.yaxis.set_minor_locator(ticker.NullLocator())
+        panel.tick_params(labelsize=7)
         panel.grid(alpha=0.25)
-        panel.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2, frameon=False)
+        panel.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
         panel.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     _save(figure, path)
