@@ -83,7 +83,7 @@ $(VENV)-plan/.plan: pyproject.toml constraints-plan.txt
 # Other codecs, in an environment of their own: what they bring along (a plugin for pytest) is not for the tests.
 $(VENV)-bench/.bench: pyproject.toml constraints.txt benchmarks/requirements.txt
 	$(PYTHON) -m venv $(VENV)-bench
-	$(VENV)-bench/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . -r benchmarks/requirements.txt
+	$(VENV)-bench/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server]' -r benchmarks/requirements.txt
 	@touch $@
 
 clean:

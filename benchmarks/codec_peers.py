@@ -25,6 +25,7 @@ from typing import Any
 
 import checkpoints
 import numpy as np
+import plots
 import torch
 from codec_forms import OWN, PLAIN, Bytes, Form
 from codec_packages import packages
@@ -258,12 +259,7 @@ def main() -> int:
         f"{platform.machine()}, torch {torch.__version__}, numpy {np.__version__}, medians of {options.rounds}"
     )
     if options.plot:
-        try:
-            import plots
-        except ImportError as reason:
-            console.print(f"no plot: {reason}")
-        else:
-            plots.sizes(plain(found), options.plot)
+        console.print(plots.draw(plots.sizes, plain(found), options.plot))
     return 0
 
 

@@ -4,23 +4,18 @@
     copy   the file through a TCP socket into a file at the other end, `load_file`, `load_state_dict`
     gloo   a broadcast of the full state dict, tensor by tensor
 
-Rank 0 prints {"raw": [seconds...], ...}: from a barrier to the barrier after the other end is done.
+Rank 0 prints {"raw": [seconds...], ...}.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import socket
 import sys
 import tempfile
-from datetime import timedelta
 from pathlib import Path
 
-import torch
+import gloo
 import torch.distributed as dist
-from model import Served
-from peers import timed
 from safetensors.torch import load_file
 
 
@@ -47,37 +42,19 @@ def receive(link: socket.socket, memory: memoryview) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser()
-    for name in ("rank", "port", "rounds", "layers", "width"):
-        parser.add_argument(f"--{name}", type=int, required=True)
-    parser.add_argument("--host", required=True)
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"tcp://{options.host}:{options.port}",
-        rank=options.rank,
-        world_size=2,
-        timeout=timedelta(seconds=300),
-    )
-    served = Served(options.layers, options.width)
+    options = gloo.arguments().parse_args()
+    served = gloo.join(options)
     link = connect(options.host, options.port + 1, options.rank)
     size = options.checkpoint.stat().st_size  # rank 1 sees it too, but takes only its size from there
     memory = memoryview(bytearray(size))
     if options.rank == 0:
         memory[:] = options.checkpoint.read_bytes()
-        served.load_state_dict(load_file(options.checkpoint))
 
     def raw() -> None:
         if options.rank == 0:
             link.sendall(memory)
         else:
             receive(link, memory)
-
-    def gloo() -> None:
-        for tensor in served.state_dict().values():
-            dist.broadcast(tensor.view(torch.uint8), src=0)
 
     with tempfile.TemporaryDirectory(dir=options.checkpoint.parent) as folder:
 
@@ -97,13 +74,10 @@ def main() -> int:
                     left -= len(part)
             served.load_state_dict(load_file(mine))
 
-        steps = {"raw": raw, "copy": copy, "gloo": gloo}
-        seen = {name: timed(step, options.rounds) for name, step in steps.items()}
-    if options.rank == 0:
-        print(json.dumps(seen))
+        steps = {"raw": raw, "copy": copy, "gloo": lambda: gloo.broadcast(served)}
+        seen = {name: gloo.timed(step, options.rounds) for name, step in steps.items()}
     link.close()
-    dist.destroy_process_group()
-    return 0
+    return gloo.end(options, seen)
 
 
 if __name__ == "__main__":

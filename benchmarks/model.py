@@ -1,24 +1,38 @@
-"""The benchmark's model: Llama-like shapes in bf16, and the changes that a publish sees."""
+"""The benchmarks' model: Llama-like shapes in bf16, as bit patterns, and the checkpoint file of them."""
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from torch import nn
 
-Weights = dict[str, NDArray[np.uint16]]
+Bits = NDArray[np.uint16]
+Weights = dict[str, Bits]
 
-#: changes by name: the share of the elements that move
-CHANGES = {"0 %": 0.0, "1 %": 0.01, "100 %": 1.0}
+#: elements that are worked on at a time, so that a step takes little more memory than the model itself
+PIECE = 1 << 22
+_LEAST_LAYERS = 6
+_EMBED, _LAYER = 32, 12.25  # elements, in squares of the width
 
 
-def shapes(layers: int, width: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes: `layers` 7 and `width` 1024 make 123 M elements, 247 MB."""
-    made: dict[str, tuple[int, ...]] = {"embed": (32 * width, width), "norm": (width,)}
+def layers_and_width(megabytes: float) -> tuple[int, int]:
+    """The widest model of at least six layers: 256 MB are 7 layers of 1024, 2000 MB are 17 of 2048."""
+    layers, width = 1, 32
+    while (fits := round((megabytes * 1e6 / (2 * (2 * width) ** 2) - _EMBED) / _LAYER)) >= _LEAST_LAYERS:
+        layers, width = fits, 2 * width
+    return layers, width
+
+
+def shapes(megabytes: float) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model of about this size."""
+    layers, width = layers_and_width(megabytes)
+    made: dict[str, tuple[int, ...]] = {"embed": (_EMBED * width, width), "norm": (width,)}
     wide = width * 11 // 4
     for n in range(layers):
         made |= {f"layer_{n}_{name}": (width, width) for name in ("q", "k", "v", "o")}
@@ -27,43 +41,65 @@ def shapes(layers: int, width: int) -> dict[str, tuple[int, ...]]:
     return made
 
 
-def size_bytes(layers: int, width: int) -> int:
-    return sum(int(np.prod(shape)) * 2 for shape in shapes(layers, width).values())
+def size_bytes(megabytes: float) -> int:
+    return sum(int(np.prod(shape)) * 2 for shape in shapes(megabytes).values())
 
 
 class Served(nn.Module):
-    """Holds the tensors; what a worker serves here is their first sum."""
+    """Holds the tensors; what a worker serves here is that it has them."""
 
-    def __init__(self, layers: int, width: int):
+    def __init__(self, megabytes: float):
         super().__init__()
-        for name, shape in shapes(layers, width).items():
+        for name, shape in shapes(megabytes).items():
             self.register_parameter(name, nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16), requires_grad=False))
 
 
-def fresh(layers: int, width: int, *, seed: int) -> Weights:
-    """Weights ~ N(0, 0.02) in bf16, as bit patterns."""
-    generator = torch.Generator().manual_seed(seed)
-    made = {}
-    for name, shape in shapes(layers, width).items():
-        values = torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-        made[name] = values.view(torch.int16).numpy().view(np.uint16)
+def fresh(megabytes: float, *, seed: int) -> Weights:
+    """Weights ~ N(0, 0.02)."""
+    rng, made = np.random.default_rng(seed), {}
+    for name, shape in shapes(megabytes).items():
+        made[name] = bits = np.empty(shape, np.uint16)
+        for piece in pieces(bits):
+            piece[:] = rounded(np.float32(0.02) * rng.standard_normal(piece.size, np.float32))
     return made
 
 
-def changed(weights: Weights, share: float, *, seed: int) -> Weights:
-    """A copy in which `share` of the elements of every tensor moved by one unit in the last place (all: by up to 3)."""
-    rng = np.random.default_rng(seed)
-    made = {}
-    for name, bits in weights.items():
-        new = bits.copy()
-        flat = new.reshape(-1)
-        if share >= 1:
-            flat += rng.integers(1, 4, flat.size, np.uint16)  # a fine-tune step: everything moves a little
-        elif share > 0:
-            flat[rng.integers(0, flat.size, int(flat.size * share))] ^= 1
-        made[name] = new
-    return made
+def pieces(bits: Bits) -> Iterator[Bits]:
+    """Views of all elements, in order."""
+    flat = bits.reshape(-1)
+    for start in range(0, flat.size, PIECE):
+        yield flat[start : start + PIECE]
+
+
+def exact(bits: Bits) -> NDArray[np.float32]:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def rounded(values: NDArray[np.float32]) -> Bits:
+    """bf16: to nearest, ties to even."""
+    wide = values.view(np.uint32)
+    return ((wide + 0x7FFF + (wide >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def as_tensor(bits: Bits) -> torch.Tensor:
+    """The same memory."""
+    return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
+
+
+def as_tensors(weights: Weights) -> dict[str, torch.Tensor]:
+    return {name: as_tensor(bits) for name, bits in weights.items()}
 
 
 def save(weights: Weights, path: Path) -> None:
-    save_file({n: torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16) for n, bits in weights.items()}, path)
+    """A safetensors file, on the disk when this returns: what is measured next must not wait for it."""
+    header, end = {}, 0
+    for name, bits in weights.items():
+        header[name] = {"dtype": "BF16", "shape": bits.shape, "data_offsets": (end, end := end + bits.nbytes)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for bits in weights.values():
+            file.write(bits.data)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,7 +1,5 @@
-"""Processes of the scale benchmark. Without `--light`: one worker with a MemoryEngine, until SIGTERM.
-
-With `--light n`: n clients that follow the log, fetch what they are sent, throw it away, and say that they serve it:
-what a worker costs the publisher and the server, without what it costs its own host.
+"""Light clients of the scale benchmark, until SIGTERM: they follow the log, fetch what they are sent, throw it away,
+and say that they serve it: what a worker costs the publisher and the server, without what it costs its own host.
 """
 
 from __future__ import annotations
@@ -12,14 +10,11 @@ import sys
 import threading
 import time
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from pathlib import Path
 
 from refleet.common import wire
 from refleet.common.messages import Ack, Evidence, Release, Serving, WorkerStatus
 from refleet.common.redis_stream import RedisStream
 from refleet.common.signing import open_envelope
-from refleet.worker.memory_engine import MemoryEngine
-from serving import serve
 
 NONE = "none"
 
@@ -72,24 +67,21 @@ class Light:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", required=True)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--state", type=Path)
-    parser.add_argument("--light", type=int, default=0)
+    parser.add_argument("--clients", type=int, required=True)
     options = parser.parse_args()
     done = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: done.set())
-    if options.light:
-        clients = [Light(options.url, options.model, f"w{n}") for n in range(options.light)]
-        with ThreadPoolExecutor(options.light) as pool:
-            running = [pool.submit(client.follow, done) for client in clients]
-            wait(running, return_when=FIRST_EXCEPTION)
-            done.set()
-        for one in running:
-            one.result()
-        return 0
-    return serve(done, options.url, options.model, MemoryEngine(), options.state, "w0", keep=1)
+    clients = [Light(options.url, options.model, f"w{n}") for n in range(options.clients)]
+    with ThreadPoolExecutor(options.clients) as pool:
+        running = [pool.submit(client.follow, done) for client in clients]
+        wait(running, return_when=FIRST_EXCEPTION)
+        done.set()
+    for one in running:
+        one.result()
+    return 0
 
 
 if __name__ == "__main__":

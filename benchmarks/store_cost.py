@@ -1,11 +1,11 @@
 """What a step costs the disks of publisher and worker, and how long an earlier version takes to come back.
 
-    python benchmarks/store_cost.py [--steps 110] [--width 512] [--layers 4] [--json FILE]
+    python benchmarks/store_cost.py [--steps 110] [--size 40] [--json FILE]
 
-Training-like steps (1.4 % of the elements move by one unit in the last place) go from a publisher to a worker in one
-process. Printed: bytes written per step on both sides against the bytes that changed and those of the model, and the
-time until every tensor of a version 1, 10 and 100 steps back is in memory and verified: in the worker itself, and
-after a restart, each against a memcpy of the model and against staging the newest step.
+Steps of RL (benchmarks/steps.py) go from a publisher to a worker in one process. Printed: bytes written per step on
+both sides against the bytes that changed and those of the model, and the time until every tensor of a version 1, 10 and
+100 steps back is in memory and verified: in the worker itself, and after a restart, each against a memcpy of the model
+and against staging the newest step.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import model
-import numpy as np
-import torch
+import steps
+from host import memcpy
 from refleet.common.memory_stream import MemoryServer, MemoryStream
 from refleet.common.store import Store
 from refleet.common.types import Manifest
@@ -32,8 +32,6 @@ from refleet.worker.memory_engine import MemoryEngine
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-
-SHARE = 0.014
 
 
 def timed(step: Callable[[], object], *, rounds: int = 3) -> float:
@@ -59,11 +57,11 @@ def after_restart(root: Path, manifest: Manifest) -> None:
 
 def run(folder: Path, options: argparse.Namespace) -> dict[str, object]:
     server = MemoryServer()
-    weights = model.fresh(options.layers, options.width, seed=0)
-    full = model.size_bytes(options.layers, options.width)
+    weights = model.fresh(options.size, seed=0)
+    full = model.size_bytes(options.size)
     manifests: list[Manifest] = []
     written: dict[str, list[int]] = {"publisher": [], "worker": []}
-    wire, staged = [], []
+    wire, staged, changed = [], [], []
     worker = Worker(
         MemoryStream(server, "m"), model="m", engine=MemoryEngine(), state_dir=folder / "w", worker_id="w",
         keep=options.steps + 1, poll_s=0.02, heartbeat_s=0.2,
@@ -72,9 +70,9 @@ def run(folder: Path, options: argparse.Namespace) -> dict[str, object]:
         stores = {"publisher": publisher.store, "worker": worker.store}
         for number in track(range(options.steps + 1), console=Console(stderr=True), transient=True):
             before = {name: store.size_bytes for name, store in stores.items()}
-            weights = model.changed(weights, SHARE if number else 0, seed=number)
-            state = {n: torch.from_numpy(b.view(np.int16)).view(torch.bfloat16) for n, b in weights.items()}
-            published = publisher.publish(state, version=f"v{number}")
+            if number:
+                changed.append(steps.change("rl", weights, seed=number))
+            published = publisher.publish(model.as_tensors(weights), version=f"v{number}")
             ack = published.wait(workers=1, timeout_s=120)["w"]
             manifests.append(publisher.store.manifest(published.release.fingerprint))
             if number:
@@ -89,11 +87,9 @@ def run(folder: Path, options: argparse.Namespace) -> dict[str, object]:
             again = timed(lambda manifest=manifest: after_restart(folder / "w", manifest))
             rows[back] = {"live_s": live, "restart_s": again}
         worker.stop()
-    source, target = np.ones(full, np.uint8), np.ones(full, np.uint8)
-    copied = timed(lambda: np.copyto(target, source), rounds=7)
     return {
-        "full_bytes": full, "changed_bytes": int(full * SHARE), "wire_bytes": statistics.median(wire),
-        "memcpy_s": copied, "stage_s": statistics.median(staged), "back": rows,
+        "full_bytes": full, "changed_bytes": full * statistics.median(changed), "wire_bytes": statistics.median(wire),
+        "memcpy_s": memcpy(full), "stage_s": statistics.median(staged), "back": rows,
         "written_median": {name: statistics.median(each) for name, each in written.items()},
         "written_mean": {name: statistics.fmean(each) for name, each in written.items()},
     }  # fmt: skip
@@ -102,8 +98,7 @@ def run(folder: Path, options: argparse.Namespace) -> dict[str, object]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=110)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--size", type=float, default=40, help="MB of the model")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="refleet-store-"))
@@ -113,7 +108,7 @@ def main() -> int:
         shutil.rmtree(folder)
     console = Console(width=None if sys.stdout.isatty() else 100)
     full, changed = float(seen["full_bytes"]), float(seen["changed_bytes"])  # type: ignore[arg-type]
-    table = Table(title=f"one step of {full / 1e6:.0f} MB bf16, {SHARE:.1%} of the elements changed")
+    table = Table(title=f"one step of {full / 1e6:.0f} MB bf16, {changed / full:.1%} of the elements changed")
     for name in ("", "bytes, median", "/ changed bytes", "/ model", "with anchors, mean", "/ model"):
         table.add_column(name, justify="right")
     table.add_row(

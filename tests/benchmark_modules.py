@@ -11,5 +11,9 @@ import checkpoints as checkpoints  # noqa: E402
 import codec_forms as codec_forms  # noqa: E402
 import codec_peers as codec_peers  # noqa: E402
 import entropy as entropy  # noqa: E402
-import links as links  # noqa: E402
+import host as host  # noqa: E402
+import model as model  # noqa: E402
 import namespaces as namespaces  # noqa: E402
+import publish_to_served as publish_to_served  # noqa: E402
+import scale_report as scale_report  # noqa: E402
+import steps as steps  # noqa: E402

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from benchmark_modules import BENCHMARKS, check, checkpoints, codec_forms, codec_peers, entropy, links, namespaces
+from benchmark_modules import BENCHMARKS, check, checkpoints, codec_forms, codec_peers, entropy, namespaces
 
 
 @pytest.fixture(scope="module")
@@ -143,17 +143,6 @@ def test_speeds_of_another_machine_are_not_compared(measured: dict[str, object])
     assert not [line for line in check.compare(measured, better) if line.bad]
 
 
-def test_a_step_over_a_link_looks_like_rl() -> None:
-    before = links.model.fresh(1, 256, seed=1)
-    after = links.rl_step(before, seed=2)
-    share = np.mean(after["embed"] != before["embed"])
-    assert 0.012 < share < 0.016
-    magnitude = before["embed"] & 0x7FFF
-    small, large = magnitude < 0x3C00, magnitude >= 0x3C80
-    moved = after["embed"] != before["embed"]
-    assert moved[small].mean() > 2 * moved[large].mean()
-
-
 def test_namespaces_are_removed_again() -> None:
     if reason := namespaces.missing():
         pytest.skip(reason)
@@ -164,14 +153,3 @@ def test_namespaces_are_removed_again() -> None:
     left = subprocess.run(["ip", "netns"], capture_output=True, text=True).stdout
     assert near.namespace not in left
     assert far.namespace not in left
-
-
-def test_scale_fits_a_line_for_every_cost(tmp_path: Path) -> None:
-    found = tmp_path / "scale.json"
-    text = bench(
-        "scale.py", "--quick", "--rounds", "1", "--points", "2", "--parts", "workers", "tensors", "--json", found
-    )
-    fits = json.loads(found.read_text())["fits"]
-    assert fits["workers"].keys() >= {"publisher", "server", "idle server"}
-    assert fits["tensors"]["payload"]["slope"] > 0
-    assert "per worker" in text
