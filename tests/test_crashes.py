@@ -19,7 +19,7 @@ from refleet.common.store import Store
 from refleet.publisher.book import Book
 from safetensors.torch import load_file, save_file
 from servers import Server
-from world import checkpoint
+from world import State, checkpoint
 
 Until = Callable[..., None]
 
@@ -67,17 +67,17 @@ def processes(tmp_path: Path, model: str) -> Iterator[Processes]:
     made.close()
 
 
-def same(one: Path, other: Path) -> bool:
-    """Whether two safetensors files hold the same tensors, bit for bit. A file that can't be opened is no version."""
-    a, b = load_file(one), load_file(other)
+def same(a: State, b: State) -> bool:
+    """Whether two checkpoints hold the same tensors, bit for bit."""
     return a.keys() == b.keys() and all(
         torch.equal(a[k].flatten().view(torch.uint8), b[k].flatten().view(torch.uint8)) for k in a
     )
 
 
 def which(served: Path, versions: dict[str, Path]) -> str:
-    """The one version that the file is, whole."""
-    (found,) = [name for name, path in versions.items() if same(served, path)]
+    """The one version that the file is, whole. A file that can't be opened is no version."""
+    state = load_file(served)  # once: the worker may be replacing it
+    (found,) = [name for name, path in versions.items() if same(state, load_file(path))]
     return found
 
 
