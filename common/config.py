@@ -14,6 +14,7 @@ from typing import Any
 
 from .crashpoint import arm
 from .errors import UsageError
+from .shm import MEMORY
 
 CONFIG_FILE = "refleet.toml"
 _CONFIG_BYTES = 1 << 20
@@ -108,8 +109,8 @@ def _from_file(path: Path, base: Settings, *, home: str) -> Settings:
 
 
 def _with(base: Settings, name: str, text: str, *, home: str, folder: Path | None = None) -> Settings:
-    value: Any = text
-    if name in _PATHS:
+    value: Any = Path(text) if name in _PATHS else text
+    if name in _PATHS and text != MEMORY:
         value = _path(text, home=home) if folder is None else folder / _path(text, home=home)
     return replace(base, **{name: value})
 

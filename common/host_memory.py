@@ -9,7 +9,6 @@ overwritten by the next version, or removed.
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -18,8 +17,7 @@ from .errors import MalformedRecord, StoreError
 from .folder_stamp import FolderStamp
 from .host_image import Image, Making, images, sweep
 from .memory import Bytes, Memory
-
-SHM = Path("/dev/shm")  # noqa: S108 - the folder below is ours alone
+from .shm import SHM, own_folder
 
 
 class HostMemory(Memory):
@@ -34,7 +32,7 @@ class HostMemory(Memory):
         self._where: dict[bytes, Image] = {}  # digest -> the newest image that holds it
         self._forgotten: set[tuple[str, bytes]] = set()  # (image, digest): bytes that proved damaged
         self._making: list[Making] = []
-        _own_folder(self.folder)
+        own_folder(self.folder)
         sweep(self.folder)
 
     @property
@@ -97,7 +95,7 @@ class HostMemory(Memory):
     def _make(self, sizes: list[int]) -> list[Bytes]:
         """Raises: OSError, StoreError."""
         with self._guard:
-            _own_folder(self.folder)
+            own_folder(self.folder)
             making = Making(self.folder, sizes, self._survivors())
             self._making = [*(each for each in self._making if each.alive), making]
             buffers, making.buffers = making.buffers, []
@@ -144,17 +142,3 @@ class HostMemory(Memory):
             for digest in image.objects
             if (name, digest) not in self._forgotten
         }
-
-
-def _own_folder(folder: Path) -> None:
-    """`/dev/shm` is everybody's: a folder there must be a real one, ours, and closed to others. Raises: StoreError."""
-    try:
-        with suppress(FileExistsError):
-            folder.mkdir(mode=0o700)
-        found = folder.lstat()
-    except OSError:
-        return  # there is no such memory here: everything stays private
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise StoreError(
-            "shared memory can't be used: the folder is somebody else's", about=str(folder), next=f"rm -r {folder}"
-        )

@@ -25,6 +25,7 @@ from ..common.errors import (
 from ..common.limits import LIMITS
 from ..common.messages import Release
 from ..common.redis_stream import AUTO, RedisStream
+from ..common.shm import placed
 from ..common.signing import SigningKey, seal
 from ..common.store import Collected, Store
 from ..common.stream import Stream
@@ -50,7 +51,7 @@ class Publisher:
     """Publishes versions of one model from one store.
 
     Args: `redis` a URL or a Stream; `payload_redis` the URL of another server for payloads; `carrier` of payloads:
-    auto, stream or blobs; `store` a folder (each model gets a folder in it); `key` an Ed25519 key file;
+    auto, stream or blobs; `store` a folder (each model gets one in it), or `memory`; `key` an Ed25519 key file;
     `take_over` fence off another store that holds the lease; `keep` versions kept besides those still needed;
     `budget_bytes` of server memory for payloads; `answer` answers workers' requests from a thread as long as this
     object is open (several commands on one store may do so); `resident` keeps the last version in memory (as many bytes
@@ -81,7 +82,7 @@ class Publisher:
         if isinstance(redis, str):
             redis = RedisStream(redis, model, payload_url=payload_redis, carrier=carrier)
         self.stream: Stream = redis
-        self.model, self.store = model, Store(Path(store) / model)
+        self.model, self.store = model, Store(placed(store, "publisher") / model)
         self.book = Book(self.store)
         self.key = SigningKey.load(key) if isinstance(key, str | Path) else key
         self.keep, self._resident, self._notify = keep, resident, notify

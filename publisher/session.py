@@ -16,6 +16,7 @@ from ..common.config import Settings
 from ..common.errors import RefleetError, StreamError, UsageError
 from ..common.messages import Evidence
 from ..common.redis_stream import RedisStream
+from ..common.shm import placed
 from ..common.signing import SigningKey, Trust
 from ..common.store import Store
 from ..common.stream import Keys, Stream
@@ -147,7 +148,9 @@ _OPTIONS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
         metavar="URL",
         help="Another server for payloads, the same as the workers'.  [REFLEET_PAYLOAD_REDIS]",
     ),
-    "store": click.option("--store", type=FILE, metavar="DIR", help="The publisher's store.  [REFLEET_STORE]"),
+    "store": click.option(
+        "--store", type=FILE, metavar="DIR", help="The publisher's store; or memory.  [REFLEET_STORE]"
+    ),
     "key": click.option("--key", type=FILE, metavar="FILE", help="Sign with this private key.  [REFLEET_KEY]"),
     "trust": click.option(
         "--trust", type=FILE, metavar="FILE", help="Count only records signed by these keys.  [REFLEET_TRUST]"
@@ -169,6 +172,7 @@ def shared(*names: str) -> Callable[[Callable[..., R]], Callable[..., R]]:
                 given = flags.pop(name)
                 if given is not None:
                     setattr(session, name, given)
+            session.store = session.store and placed(session.store, "publisher")
             return command(session, **flags)
 
         with_options: Callable[..., R] = click.pass_obj(cast(Callable[..., R], run))

@@ -59,7 +59,11 @@ for command in (build, export, doctor):
     help="torch:package.module:factory, tensorrt:package.module:factory, bundle:DIR; file:PATH for any other runtime.",
 )  # fmt: skip
 @click.option(
-    "--state", required=True, type=FILE, metavar="DIR", help="This worker's own folder: its store and record."
+    "--state",
+    required=True,
+    type=FILE,
+    metavar="DIR",
+    help="This worker's own folder: store and record; or memory.",
 )
 @click.option(
     "--share", type=FILE, metavar="DIR",

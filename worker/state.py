@@ -13,6 +13,7 @@ from ..common import wire
 from ..common.digest import digest_of
 from ..common.errors import DamagedTensor, UsageError
 from ..common.messages import Release, Serving
+from ..common.shm import placed
 from ..common.store import Store
 from ..common.types import MODEL_NAME, WORKER_ID, Manifest, PayloadRef
 
@@ -66,7 +67,7 @@ def owned_state(
 ) -> Iterator[tuple[Store, WorkerState]]:
     """The worker's store and record, locked against other processes during the block.
 
-    `share`: a folder in which the workers of a host keep the tensors of all their versions once.
+    `share`: a folder in which the workers of a host keep the tensors of all versions once. Both may be `memory`.
     Raises: UsageError when a folder belongs to another worker, to another model or to a publisher, or for a bad id;
     StoreBusy when a live process uses it; StoreError; MalformedRecord.
     """
@@ -74,7 +75,8 @@ def owned_state(
         raise UsageError(f"worker id {worker!r} is not [A-Za-z0-9][A-Za-z0-9._-]{{0,63}}", next="choose one with --id")
     if not MODEL_NAME.match(model):
         raise UsageError(f"model name {model!r} is not [a-z0-9][a-z0-9._-]{{0,63}}", next="choose one with --model")
-    folder, shared = Path(state_dir), None if share is None else Path(share).absolute() / model
+    folder = placed(state_dir, "worker", worker)
+    shared = None if share is None else placed(share, "share").absolute() / model
     if shared and ((shared / "records").exists() or shared.resolve() == folder.resolve()):
         raise UsageError(
             f"{shared} is a store of its own: it can't be shared",
