@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .crashpoint import crash_point
 from .memory import Bytes
 from .pack import Pack, aligned, table_bytes, table_size
 
@@ -37,7 +38,7 @@ class Image:
     @classmethod
     def open(cls, path: Path) -> Image:
         """Raises: OSError when it is gone or being overwritten, MalformedRecord."""
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             if not _locked(fd, path, fcntl.LOCK_SH):
                 raise BlockingIOError(f"{path} is being overwritten")
@@ -63,7 +64,6 @@ class Making:
         self._path, self._fd = _used(folder, file_bytes) or _created(folder)
         try:
             os.posix_fallocate(self._fd, 0, file_bytes)  # touching a page that has no room would kill the process
-            os.ftruncate(self._fd, file_bytes)  # a used one may be larger
             mapped = mmap.mmap(self._fd, file_bytes)
         except OSError:
             _abandon(self._path, self._fd)
@@ -93,8 +93,10 @@ class Making:
         os.pwrite(self._fd, table, self._data_bytes)
         os.ftruncate(self._fd, self._data_bytes + len(table))
         fcntl.flock(self._fd, fcntl.LOCK_SH)  # nobody can lock it in between: the kernel changes the lock in one step
+        crash_point("store.image-written")
         path = self._path.with_name(f"{time.time_ns():020d}-{self._path.stem}{_VISIBLE}")
         self._path.rename(path)
+        crash_point("store.image-renamed")
         self._vanish.detach()
         os.close(self._fd)
         return path
@@ -147,7 +149,7 @@ def _unlocked(folder: Path) -> Iterator[tuple[Path, int]]:
     """(path, file) of every image, finished or not, on which no living process has a lock; we have one now."""
     for path in _paths(folder, _VISIBLE, _MAKING):
         with suppress(OSError):
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             if _locked(fd, path, fcntl.LOCK_EX):
                 yield path, fd
             else:

@@ -123,13 +123,11 @@ class HostMemory(Memory):
         with suppress(StoreError):  # there is no folder any more
             if not self._stamp.changed():
                 return
-        there = images(self.folder)
-        for path in there:
+        for path in images(self.folder):
             if path.name not in self._images:
                 with suppress(OSError, MalformedRecord):  # gone, being overwritten, or no image of this program
                     self._take(Image.open(path))
-        names = {path.name for path in there}
-        self._forgotten = {(name, digest) for name, digest in self._forgotten if name in names | self._images.keys()}
+        self._forgotten = {(name, digest) for name, digest in self._forgotten if name in self._images}
 
     def _take(self, image: Image) -> None:
         self._images[image.name] = image

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from refleet.common import host_image
+from refleet.common import folder_stamp, host_image
 from refleet.common.digest import tensor_digest
 from refleet.common.errors import StoreError
 from refleet.common.host_memory import HostMemory
@@ -147,6 +147,15 @@ def test_what_is_pinned_by_one_is_kept_for_all(opened: Open) -> None:
     assert holds(second, ONE) and holds(first, ONE)
 
 
+def test_what_was_let_go_is_found_again_while_it_is_there(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_stamp, "_SETTLED_NS", -1_000_000_000)  # as if the folder had rested
+    first, second = opened(), opened()
+    put(first, ONE)
+    assert holds(second, ONE)
+    second.trim()
+    assert holds(second, ONE)
+
+
 @pytest.mark.parametrize("size", [KIB, 3 * MIB], ids=["smaller", "larger"])
 def test_a_version_of_another_size_takes_the_memory_too_and_what_is_left_over_goes(opened: Open, size: int) -> None:
     """Else the memory would fill with images that no later version has the size of."""
@@ -243,7 +252,9 @@ def test_a_clean_end_leaves_nothing_behind(shm: Path) -> None:
     assert len(files(second)) == 1, "somebody still looks at it"
     assert view is not None and bytes(view) == ONE
     del view
-    HostMemory("s", shm=shm).close()
+    last = HostMemory("s", shm=shm)
+    put(last, ONE)
+    last.close()
     assert list(shm.iterdir()) == []
 
 

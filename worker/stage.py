@@ -123,7 +123,7 @@ class _Bases:
         for tensor in wrong:
             if tensor.based and self._base is not None:
                 try:
-                    self._store.read(self._base.by_name[tensor.spec.name].digest, verify=True)
+                    self._store.recheck(self._base.by_name[tensor.spec.name].digest)
                 except DamagedTensor as error:
                     raise damaged(tensor.spec.name, error) from error
         if wrong:
