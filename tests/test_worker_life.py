@@ -12,6 +12,7 @@ from refleet.publisher.fleet import fleet
 from refleet.publisher.verify import verify
 from refleet.worker.board import Event
 from refleet.worker.engine import StagedVersion
+from refleet.worker.heart import Heart
 from refleet.worker.memory_engine import MemoryEngine
 from refleet.worker.worker import Worker
 from world import World, checkpoint, holds, reason, served
@@ -53,6 +54,22 @@ def test_a_worker_that_never_started_takes_nobody_off_the_fleet(small_world: Wor
     assert "is alive already" in reason(twin.start).what
     assert [member.worker for member in stream.members()] == ["w0"]
     assert twin.board.status.state == "STOPPED", "a start that failed leaves nothing open"
+
+
+@pytest.mark.parametrize("where", [threading.Thread, Heart])
+def test_a_start_that_a_signal_interrupts_can_be_stopped(
+    small_world: World, monkeypatch: pytest.MonkeyPatch, where: type
+) -> None:
+    def interrupted(_self: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(where, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            small_world.worker()
+    small_world.workers["w0"].stop()
+    assert not small_world.workers["w0"].alive
+    assert small_world.worker().alive, "nothing is left locked"
 
 
 def test_stop_lets_requests_in_flight_end_and_takes_no_new_ones(small_world: World, until: Until) -> None:

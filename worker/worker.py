@@ -126,9 +126,9 @@ class Worker:
         except BaseException:
             self.stop()
             raise
-        self._began = True
-        self._heart.start()
         self._thread.start()
+        self._began = True  # a signal may come between any two of these lines: what runs is ended by `stop`
+        self._heart.start()
         return self
 
     @property
