@@ -107,6 +107,21 @@ def test_whoever_waits_for_a_worker_that_is_killed_goes_on_at_once(
     assert all(holds(worker, SECOND) for worker in workers)
 
 
+def test_workers_that_all_wait_for_their_turn_receive_the_version_once(small_world: World, until: Until) -> None:
+    """Nothing came early here: they join when it is there."""
+    world, publisher = small_world, small_world.publisher()
+    release = publisher.publish(FIRST, version="v1").release
+    content(world).parent.mkdir()
+    with holding(world, "staging") as holder:
+        workers = join(world, "w0", "w1", "w2")
+        until(lambda: all(worker.board.state == "RECEIVING" for worker in workers), "all wait")
+        holder.kill()
+        for worker in workers:
+            worker.wait("v1", timeout_s=20)
+            assert holds(worker, FIRST)
+    assert sorted(received(worker) for worker in workers) == [0, 0, release.payload_bytes]
+
+
 # ---------------------------------------------------------------------- hangs
 
 
@@ -165,15 +180,18 @@ def test_a_worker_that_stages_shows_that_it_works(small_world: World, monkeypatc
     assert signs.count("staging") >= 2 and signs.count("rebuilding") >= len(FIRST)
 
 
-def test_a_worker_that_waits_can_be_stopped(small_world: World, until: Until) -> None:
+def test_a_worker_that_waits_can_be_stopped(small_world: World, monkeypatch: pytest.MonkeyPatch, until: Until) -> None:
+    monkeypatch.setattr(turn, "SILENCE_S", 3600.0)
     world, publisher = small_world, small_world.publisher()
     (worker,) = join(world, "w0")
     publish(world, publisher, "v1")
     with holding(world, "staging"):
         publisher.publish(SECOND, version="v2")
         until(lambda: worker.board.state == "RECEIVING", "it waits")
-        world.stop("w0")
-        assert not worker.alive
+        stopping = threading.Thread(target=world.stop, args=("w0",))
+        stopping.start()
+        stopping.join(20)
+        assert not stopping.is_alive() and not worker.alive
 
 
 def test_a_worker_that_hangs_in_its_engine_holds_up_nobody_and_keeps_what_it_serves(
