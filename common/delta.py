@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import codec, wire
+from . import codec, preface, wire
 from .digest import digest_of
 from .errors import MalformedRecord, WrongBase
 from .layout import Bytes, Span, gathered
@@ -55,11 +55,12 @@ def removed(target: Manifest, base: Manifest | None) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """A carried tensor's bytes, and those of the base that it is relative to."""
+    """A carried tensor's bytes, and those of the base that it is relative to; `number`: its position in the base."""
 
     dtype: str
     new: Bytes
     base: Bytes | None
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,17 +86,18 @@ class Encoder:
     def chunks(self) -> Iterator[memoryview]:
         """The body, cut every `chunk_bytes`; a chunk is valid for ever, nothing reuses its memory."""
         chunk, filled = bytearray(self._chunk_bytes), 0
-        for size, codec_id, encoded in in_order(_encode, self._tasks(), threads=self._threads):
-            rest = memoryview(encoded).cast("B")
-            self._blocks.append(Block(codec_id, size, len(rest)))
-            self._body_bytes += len(rest)
-            while len(rest):
-                take = min(len(rest), self._chunk_bytes - filled)
-                chunk[filled : filled + take] = rest[:take]
-                filled, rest = filled + take, rest[take:]
-                if filled == self._chunk_bytes:
-                    yield self._finish(memoryview(chunk))
-                    chunk, filled = bytearray(self._chunk_bytes), 0
+        for block, parts in in_order(_encode, self._tasks(), threads=self._threads):
+            self._blocks.append(block)
+            self._body_bytes += block.encoded_bytes
+            for part in parts:
+                rest = memoryview(part).cast("B")
+                while len(rest):
+                    take = min(len(rest), self._chunk_bytes - filled)
+                    chunk[filled : filled + take] = rest[:take]
+                    filled, rest = filled + take, rest[take:]
+                    if filled == self._chunk_bytes:
+                        yield self._finish(memoryview(chunk))
+                        chunk, filled = bytearray(self._chunk_bytes), 0
         if filled:
             yield self._finish(memoryview(chunk)[:filled])
 
@@ -137,7 +139,7 @@ class Encoder:
             yield taken()
 
 
-def _encode(task: _Task) -> tuple[int, int, Buffer]:
+def _encode(task: _Task) -> tuple[Block, tuple[bytes, Buffer]]:
     new = gathered(task.spans, lambda number: task.inputs[number].new, which=0)
     base = None
     if task.inputs[0].base is not None:
@@ -145,7 +147,10 @@ def _encode(task: _Task) -> tuple[int, int, Buffer]:
     codec_id, encoded = codec.encode_block(new, base, dtype=task.dtype)
     if codec_id == codec.RAW and len(task.spans) > 1:  # a view of this thread's scratch
         encoded = bytes(encoded)
-    return new.size, codec_id, encoded
+    numbers = [] if base is None else [found.number for found in task.inputs]
+    encoded_bytes = memoryview(encoded).nbytes
+    before = preface.packed(codec_id, new.size, numbers, task.spans[0].start, encoded_bytes)
+    return Block(codec_id, new.size, len(before) + encoded_bytes), (before, encoded)
 
 
 def _base(found: Input) -> Bytes:

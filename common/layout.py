@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from . import codec
 from .limits import LIMITS
+from .preface import behind
 from .types import Block, DeltaTensor
 
 if TYPE_CHECKING:
@@ -110,13 +111,14 @@ def gathered(spans: Sequence[Span], tensors: Tensors, *, which: int = 0) -> Byte
 
 
 def decode(place: Placed, encoded: Buffer, *, dtype: str, base: Tensors | None, out: Tensors) -> None:
-    """Decode one block into the tensors `out`, relative to those of `base` where its codec needs one.
+    """Decode one block, preface and all, into the tensors `out`, relative to those of `base` where its codec needs one.
 
     Raises: MalformedRecord, LimitExceeded; the block's bytes in `out` are undefined then.
     """
     before = None
     if base is not None and codec.needs_base(place.block.codec):
         before = gathered(place.spans, base, which=0)
+    encoded = behind(encoded)
     if len(place.spans) == 1:
         codec.decode_block(place.block.codec, encoded, place.spans[0].of(out), before, dtype=dtype)
         return

@@ -16,6 +16,7 @@ class Limits:
     chunk_bytes: int = 4 * MIB - 64 * KIB  # a little below a power of two: jemalloc wastes 25 % at the power itself
     chunk_bytes_max: int = 64 * MIB  # what a reader accepts
     block_bytes: int = 16 * MIB  # decoded bytes of one codec block: bounds the memory of encode and decode
+    preface_bytes: int = 4 * KIB  # what stands before an encoded block
     tensors: int = 100_000
     tensor_name_bytes: int = 512
     tensor_dims: int = 16

@@ -163,7 +163,10 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One independently decodable piece of a delta's body: `size_bytes` decoded, which may be of several tensors."""
+    """One independently decodable piece of a delta's body: `size_bytes` decoded, which may be of several tensors.
+
+    `encoded_bytes`: with its preface.
+    """
 
     codec: int
     size_bytes: int
@@ -172,7 +175,7 @@ class Block:
     def __post_init__(self) -> None:
         if not 0 < self.size_bytes <= LIMITS.block_bytes:
             raise ValueError(f"a block of {self.size_bytes} bytes")
-        if not 0 <= self.encoded_bytes <= self.size_bytes:  # what a reader has to hold stays bounded
+        if not 0 <= self.encoded_bytes <= self.size_bytes + LIMITS.preface_bytes:  # what a reader has to hold
             raise ValueError(f"a block of {self.encoded_bytes} encoded bytes for {self.size_bytes}")
 
 

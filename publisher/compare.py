@@ -44,6 +44,7 @@ class Comparison:
         self._checkpoint, self._store, self._keep = checkpoint, store, keep
         self._memory = store.memory if store else Memory()
         self._before = base.by_name if base and store else {}
+        self._numbers = {name: number for number, name in enumerate(self._before)}
         self._at_hand = {e.digest for e in self._before.values() if store and store.has(e.digest)}
         self._entries: dict[str, TensorEntry] = {}
         self.changed: list[DeltaTensor] = []
@@ -78,7 +79,7 @@ class Comparison:
         self._at_hand.add(entry.digest)
         self.changed.append(DeltaTensor(entry.spec, entry.digest, carried, carried and old is not None))
         if carried:
-            yield Input(entry.spec.dtype, new, old)
+            yield Input(entry.spec.dtype, new, old, self._numbers.get(entry.spec.name, 0))
         crash_point("publisher.stored-tensor")
 
     def _based(self, spec: TensorSpec) -> bool:

@@ -115,7 +115,7 @@ class Payloads:
         most = sum(part.tensor.spec.size_bytes for part in parts if part.tensor.carried)
         store, both = self._book.store, target.digests | (base.digests if base else frozenset())
         with store.memory.pinned(both), self.outgoing(base, lacks=lacks) as out:
-            encoder = Encoder(inputs(parts, store))
+            encoder = Encoder(inputs(parts, store, base))
             try:
                 for chunk in ahead(encoder.chunks(), depth=2):
                     out.put(chunk)
@@ -260,10 +260,11 @@ def without_rotten_bases(parts: list[Part], store: Store) -> list[Part]:
     return sound
 
 
-def inputs(parts: list[Part], store: Store) -> Iterator[Input]:
+def inputs(parts: list[Part], store: Store, base: Manifest | None) -> Iterator[Input]:
     """The carried tensors of `parts` out of the store, in body order. Raises: DamagedTensor for one of the target."""
     bases = {part.tensor.spec.name: part.base for part in parts}
+    numbers = {name: number for number, name in enumerate(base.by_name if base else ())}
     for tensor in in_body_order(part.tensor for part in parts):
-        base = bases[tensor.spec.name]
-        new = as_bytes(store.read(tensor.digest, verify=True))
-        yield Input(tensor.spec.dtype, new, None if base is None else as_bytes(store.read(base, verify=False)))
+        digest, new = bases[tensor.spec.name], as_bytes(store.read(tensor.digest, verify=True))
+        before = None if digest is None else as_bytes(store.read(digest, verify=False))
+        yield Input(tensor.spec.dtype, new, before, numbers.get(tensor.spec.name, 0))

@@ -103,7 +103,7 @@ SPOILED: list[tuple[str, list[int], Any, str]] = [
     ("index", [4, 0, 0, 0], "zz", "sorted and unique"),
     ("index", [4, 0, 2], 1, "expected bool, found int"),
     ("index", [4, 1, 2], True, "carried True"),
-    ("index", [5, 0, 2], 1201, "a block of 1201"),
+    ("index", [5, 0, 2], 1200 + LIMITS.preface_bytes + 1, "a block of"),
     ("index", [5, 0, 2], -1, "a block of -1"),
     ("index", [5, 0, 1], LIMITS.block_bytes + 1, "a block of 16777217"),
     ("index", [5], [[2, 1200, 35], [2, 1200, 35]], "more blocks"),

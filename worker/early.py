@@ -2,7 +2,8 @@
 
 Nothing that comes here is believed. It lies in a file without a name, outside of everything that the store holds, and
 is looked at when a release or an offer names the payload: each chunk then passes the same check as one that is fetched,
-and is fetched where it does not. Whatever goes wrong before costs these bytes and nothing else.
+and is fetched where it does not. What was decoded meanwhile (early_decode.py) is taken where its digest is the signed
+one. Whatever goes wrong before costs these bytes and nothing else.
 """
 
 from __future__ import annotations
@@ -19,17 +20,21 @@ import numpy as np
 
 from ..common.crashpoint import crash_point
 from ..common.errors import RefleetError, StoreBusy, StreamGap, StreamUnavailable
+from ..common.layout import Bytes
 from ..common.limits import LIMITS
 from ..common.messages import Coming, Serving
 from ..common.store import Store
 from ..common.stream import Stream
 from ..common.types import PayloadRef
+from .early_decode import EarlyDecoder
 from .turn import turn
 
 #: one wait in the server for the next chunk; so long it may take until a newer payload is begun
 _WAIT_S = 1.0
 #: a payload that nothing was written to for this long has expired in the server
 _SILENCE_S = 600.0
+#: a replica may be behind its primary by so much
+_LAG_S = 3.0
 #: an index follows the body, and may be received with it; a body is never larger than the tensors in it
 _SLACK_BYTES = LIMITS.index_bytes
 
@@ -43,13 +48,16 @@ class Arrival:
     The receiving thread calls `receive`, the worker's threads all else.
     """
 
-    def __init__(self, coming: Coming, file: Any, *, most_bytes: int):
-        """`file` is open for reading and writing without a buffer, and is closed by this object."""
-        self.coming = coming
+    def __init__(self, coming: Coming, file: Any, *, most_bytes: int, decoder: EarlyDecoder | None):
+        """`file` is open for reading and writing without a buffer, and is closed by this object; `decoder` hears of
+        every chunk.
+        """
+        self.coming, self._decoder = coming, decoder
         self._file, self._most_bytes = file, most_bytes
         self._changed = threading.Condition()
         self._chunks = self._last_bytes = 0
         self._until: int | None = None  # chunks of the body, once that is known
+        self._silence_s = _SILENCE_S
         self._begun = self._stopped = self._ended = False
 
     @property
@@ -59,9 +67,17 @@ class Arrival:
             return self._chunks
 
     def named(self, ref: PayloadRef) -> None:
-        """All of the payload is in the server now: what does not come at once never will."""
+        """All of the payload is in the server now: what does not come soon never will."""
         with self._changed:
-            self._until = ref.body_chunks
+            self._until, self._silence_s = ref.body_chunks, _LAG_S
+
+    def decoded(self) -> dict[bytes, Bytes]:
+        """Tensors that were decoded as they came, by their digest. Waits for those that are still coming."""
+        if self._decoder is None:
+            return {}
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended)
+        return self._decoder.found
 
     def read(self, number: int, into: memoryview) -> int | None:
         """Put chunk `number` into the start of `into`; returns its size in bytes, None where it is not here.
@@ -115,7 +131,7 @@ class Arrival:
                 try:
                     size = reader.read(self._chunks, buffer, wait_s=_WAIT_S)
                 except StreamGap:
-                    if self._until is not None or time.monotonic() - heard_s > _SILENCE_S:
+                    if time.monotonic() - heard_s > self._silence_s:
                         return
                     continue
                 if self._stopped:
@@ -123,6 +139,8 @@ class Arrival:
                 heard_s = time.monotonic()
                 self._write(buffer[:size])
                 on_bytes(size)
+                if self._decoder:
+                    self._decoder.feed(buffer[:size])
                 crash_point("worker.received-early")
                 if size < chunk_bytes:  # the last one of the body
                     return
@@ -184,7 +202,9 @@ class Early:
         except (RefleetError, OSError):
             self._held.close()
             return
-        self._arrival = Arrival(coming, file, most_bytes=most_bytes)
+        decoder = None if coming.base is None else EarlyDecoder(self._store.manifest(coming.base), self._store)
+        self._store.memory.trim()  # the version before the base: its buffers take what comes
+        self._arrival = Arrival(coming, file, most_bytes=most_bytes, decoder=decoder)
         with self._wake:
             self._next = self._arrival
             self._wake.notify()

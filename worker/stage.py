@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import numpy as np
+
 from ..common.crashpoint import crash_point
 from ..common.delta import as_bytes, target_manifest
 from ..common.deltas import StoredDelta
@@ -87,11 +89,11 @@ def stage(
             arrived(chunk)
 
         with Body(stream, ref, index, numbers, early=early, on_chunk=keep) as body:
-            found = _rebuild(store, order, needed, bases, body)
+            found, fresh = _rebuild(store, order, needed, bases, body, early.decoded() if early else {})
             body.finish()
         on_received()
-        right = matching((data.data for data in found), (tensor.digest for tensor in order))
-        bases.verify([tensor for tensor, good in zip(order, right, strict=True) if not good])
+        right = matching((found[number].data for number in fresh), (order[number].digest for number in fresh))
+        bases.verify([order[number] for number, good in zip(fresh, right, strict=True) if not good])
         delta.commit(StoredDelta.of(index, order, base))
         store.memory.put({tensor.digest: data for tensor, data in zip(order, found, strict=True)})
         store.put_manifest(manifest)
@@ -130,12 +132,24 @@ class _Bases:
             raise DigestMismatch(f"tensor {wrong[0].spec.name!r} does not have the digest that the publisher signed")
 
 
-def _rebuild(store: Store, order: list[DeltaTensor], places: list[Placed], bases: _Bases, body: Body) -> list[Bytes]:
-    """All carried tensors, in memory; not verified yet."""
-    outs = store.memory.take_all(tensor.spec.size_bytes for tensor in order)
-    for _ in in_order(_decoder(order, bases, outs.__getitem__), _tasks(order, places, bases, body), threads=cores()):
+def _rebuild(
+    store: Store, order: list[DeltaTensor], places: list[Placed], bases: _Bases, body: Body, early: dict[bytes, Bytes]
+) -> tuple[list[Bytes], list[int]]:
+    """All carried tensors, in memory, and the numbers of those that are not verified yet; the others came `early`."""
+    fresh = [number for number, tensor in enumerate(order) if tensor.digest not in early]
+    taken = dict(zip(fresh, store.memory.take_all(order[number].spec.size_bytes for number in fresh), strict=True))
+    # a block may hold parts of both: nobody writes into those that are verified
+    spare: dict[int, Bytes] = {}
+
+    def out(number: int) -> Bytes:
+        if number in taken:
+            return taken[number]
+        return spare.setdefault(number, np.empty(order[number].spec.size_bytes, np.uint8))
+
+    lacking = [place for place in places if any(span.number in taken for span in place.spans)]
+    for _ in in_order(_decoder(order, bases, out), _tasks(order, lacking, bases, body), threads=cores()):
         pass
-    return outs
+    return [taken[n] if n in taken else early[tensor.digest] for n, tensor in enumerate(order)], fresh
 
 
 def _store_lacking(
