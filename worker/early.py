@@ -71,6 +71,11 @@ class Arrival:
         with self._changed:
             self._until, self._silence_s = ref.body_chunks, _LAG_S
 
+    @property
+    def names(self) -> frozenset[str]:
+        """The tensors that were decoded, wholly or in part. For when nothing comes any more."""
+        return self._decoder.names if self._decoder and self._ended else frozenset()
+
     def decoded(self) -> dict[bytes, Bytes]:
         """Tensors that were decoded as they came, by their digest. Waits for those that are still coming."""
         if self._decoder is None:
@@ -174,6 +179,7 @@ class Early:
     def __init__(self, stream: Stream, store: Store, *, on_bytes: OnBytes):
         self._stream, self._store, self._on_bytes = stream, store, on_bytes
         self._arrival: Arrival | None = None
+        self._likely: frozenset[str] | None = None  # tensors of the payload before
         self._elsewhere = ""  # the payload that another worker of this host receives
         self._held = ExitStack()  # the lock against them
         self._wake = threading.Condition()
@@ -202,7 +208,9 @@ class Early:
         except (RefleetError, OSError):
             self._held.close()
             return
-        decoder = None if coming.base is None else EarlyDecoder(self._store.manifest(coming.base), self._store)
+        decoder = None
+        if coming.base is not None:
+            decoder = EarlyDecoder(self._store.manifest(coming.base), self._store, likely=self._likely)
         self._store.memory.trim()  # the version before the base: its buffers take what comes
         self._arrival = Arrival(coming, file, most_bytes=most_bytes, decoder=decoder)
         with self._wake:
@@ -242,6 +250,7 @@ class Early:
         if self._arrival and but and self._arrival.coming.payload_id == but.payload_id:
             return
         if self._arrival:
+            self._likely = self._arrival.names or self._likely
             self._arrival.close()
             self._arrival = None
         self._held.close()

@@ -6,6 +6,8 @@ not make sense ends the decoding, and costs nothing but that.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from ..common.delta import as_bytes
 from ..common.digest import tensor_digest
 from ..common.errors import DamagedTensor, LimitExceeded, MalformedRecord
@@ -17,10 +19,13 @@ from ..common.types import Block, Manifest
 
 
 class EarlyDecoder:
-    """Takes the body of one payload, piece by piece, as it comes. Called by one thread."""
+    """Takes the body of one payload, piece by piece, as it comes. Called by one thread.
 
-    def __init__(self, base: Manifest, store: Store):
-        self._base, self._store = base, store
+    `likely`: names of the tensors that the payload before this one had; None: there was none.
+    """
+
+    def __init__(self, base: Manifest, store: Store, *, likely: frozenset[str] | None = None):
+        self._base, self._store, self._likely = base, store, likely
         self._rest = bytearray()  # of a block that is not all here
         self._failed = False
         self._bases: dict[int, Bytes] = {}
@@ -29,6 +34,11 @@ class EarlyDecoder:
         self._decoded_bytes = 0
         #: tensors that are complete, by their digest
         self.found: dict[bytes, Bytes] = {}
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The tensors that were begun."""
+        return frozenset(self._base.tensors[number].spec.name for number in self._filled)
 
     def feed(self, chunk: memoryview) -> None:
         """The next bytes of the body."""
@@ -93,19 +103,28 @@ class EarlyDecoder:
         return self._base.tensors[number].spec.size_bytes
 
     def _ready(self, number: int) -> None:
-        """Base and buffer of this tensor. With it, buffers for those that are likely to follow, as many bytes as were
-        needed so far: what is taken at once lies in one place.
+        """Base and buffer of this tensor. With it, buffers for those that are likely to follow: what is taken at once
+        lies in one place.
         """
         if number not in self._bases:
             self._bases[number] = as_bytes(self._store.read(self._base.tensors[number].digest, verify=False))
         if number in self._outs:
             return
-        numbers, dtype, most_bytes = [number], self._base.tensors[number].spec.dtype, self._decoded_bytes
-        for other in range(number + 1, len(self._base.tensors)):
-            most_bytes -= self._size(other)
-            if most_bytes < 0:
-                break
-            if self._base.tensors[other].spec.dtype == dtype and other not in self._outs and other not in self._filled:
-                numbers.append(other)
+        begun = self._outs.keys() | self._filled.keys() | {number}
+        numbers = [number, *(other for other in self._following(number) if other not in begun)]
         buffers = self._store.memory.take_all(self._size(other) for other in numbers)
         self._outs.update(zip(numbers, buffers, strict=True))
+
+    def _following(self, number: int) -> Iterator[int]:
+        """At first those of the payload before, or all; then as many bytes behind this one as were decoded so far."""
+        tensors = self._base.tensors
+        if not self._filled:
+            yield from (n for n, each in enumerate(tensors) if self._likely is None or each.spec.name in self._likely)
+            return
+        most_bytes = self._decoded_bytes
+        for other in range(number + 1, len(tensors)):
+            most_bytes -= self._size(other)
+            if most_bytes < 0:
+                return
+            if tensors[other].spec.dtype == tensors[number].spec.dtype:
+                yield other
