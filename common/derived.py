@@ -7,6 +7,7 @@ A chain of files is rebuilt from its oldest on; what lies between is dropped aga
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -172,16 +173,15 @@ class Derived:
         between: dict[bytes, Bytes] = {}
         order: list[DeltaFile] = []
         self._plan(file, order, set())
-        for number, each in enumerate(order):
-            found, bad = self._rebuilt(each, between)
-            if each is file:
-                self._forgotten.update((file.name, digest) for digest in bad)
-                self._index()
-                self._memory.put(found)
-            else:
-                later = set[bytes]().union(*(other.bases for other in order[number + 1 :]))
-                between = {digest: data for digest, data in (between | found).items() if digest in later}
-                del found  # buffers that nobody looks at are used again
+        for number, each in enumerate(order[:-1]):
+            later = set[bytes]().union(*(other.bases for other in order[number + 1 :]))
+            found = self._stepped(each, between, later)
+            between = {digest: data for digest, data in (between | found).items() if digest in later}
+            del found  # buffers that nobody looks at are used again
+        found, bad = self._rebuilt(file, between)
+        self._forgotten.update((file.name, digest) for digest in bad)
+        self._index()
+        self._memory.put(found)
 
     def _plan(self, file: DeltaFile, order: list[DeltaFile], seen: set[str]) -> None:
         """The files that `file` builds on, oldest first, and itself. A chain may be long: no recursion."""
@@ -206,30 +206,46 @@ class Derived:
             return False
         return True
 
+    def _stepped(self, file: DeltaFile, between: dict[bytes, Bytes], later: set[bytes]) -> dict[bytes, Bytes]:
+        """The tensors of a file on the way to another one: not verified, what comes of them is. In place where a tensor
+        of `between` is the base of one tensor only, and no file needs it `later`.
+        """
+        tensors = file.record.tensors
+        uses = Counter(tensor.base for tensor in tensors)
+        bases, bad = self._bases(file, between)
+        outs = [
+            between[tensor.base]
+            if tensor.base in between and tensor.base not in later and uses[tensor.base] == 1 and number not in bad
+            else self._memory.take(tensor.size_bytes)
+            for number, tensor in enumerate(tensors)
+        ]
+        bad |= self._decoded(file, bases, outs, bad)
+        return {tensor.digest: outs[number] for number, tensor in enumerate(tensors) if number not in bad}
+
     def _rebuilt(self, file: DeltaFile, between: dict[bytes, Bytes]) -> tuple[dict[bytes, Bytes], frozenset[bytes]]:
         """(verified tensors, digests that could not be rebuilt) of one file, whose bases are at hand by now."""
         tensors = file.record.tensors
+        bases, bad = self._bases(file, between)
+        outs = self._memory.take_all(tensor.size_bytes for tensor in tensors)
+        bad |= self._decoded(file, bases, outs, bad)
+        sound = matching((out.data for out in outs), (tensor.digest for tensor in tensors))
+        found = {
+            tensor.digest: outs[number] for number, tensor in enumerate(tensors) if sound[number] and number not in bad
+        }
+        return found, file.digests - found.keys()
+
+    def _bases(self, file: DeltaFile, between: dict[bytes, Bytes]) -> tuple[dict[int, Bytes], set[int]]:
+        """Bases by number of the tensor that builds on them, and the numbers of those whose base is not to be had."""
         bases: dict[int, Bytes] = {}
         bad: set[int] = set()
-        for number, tensor in enumerate(tensors):
+        for number, tensor in enumerate(file.record.tensors):
             if tensor.base is not None:
                 found = self._base(tensor.base, between)
                 if found is None or found.size != tensor.size_bytes:
                     bad.add(number)
                 else:
                     bases[number] = found
-        outs = self._memory.take_all(tensor.size_bytes for tensor in tensors)
-        try:
-            with file.reading() as read:
-                bad |= self._decoded(file, read, bases, outs, bad)
-        except FileNotFoundError:
-            return {}, file.digests
-
-        sound = matching((out.data for out in outs), (tensor.digest for tensor in tensors))
-        found_all = {
-            tensor.digest: outs[number] for number, tensor in enumerate(tensors) if sound[number] and number not in bad
-        }
-        return found_all, file.digests - found_all.keys()
+        return bases, bad
 
     def _base(self, digest: bytes, between: dict[bytes, Bytes]) -> Bytes | None:
         found = between.get(digest)
@@ -241,10 +257,8 @@ class Derived:
         return found
 
     @staticmethod
-    def _decoded(
-        file: DeltaFile, read: Callable[[int, int], bytes], bases: dict[int, Bytes], outs: list[Bytes], bad: set[int]
-    ) -> set[int]:
-        """Fills `outs`; returns the tensors that could not be. `bad` have no base."""
+    def _decoded(file: DeltaFile, bases: dict[int, Bytes], outs: list[Bytes], bad: set[int]) -> set[int]:
+        """Fills `outs`; returns the tensors that could not be. `bad` have no base. Raises: StoreError."""
         tensors = file.record.tensors
 
         def task(place: Placed) -> set[int]:
@@ -261,7 +275,11 @@ class Derived:
             return set()
 
         places = placed((tensor.size_bytes for tensor in tensors), file.record.blocks)
-        return set().union(*in_order(task, places, threads=cores()))
+        try:
+            with file.reading() as read:
+                return set().union(*in_order(task, places, threads=cores()))
+        except FileNotFoundError:  # another process removed it
+            return set(range(len(tensors)))
 
 
 class DeltaBatch(DeltaWriter):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from carriers import Carrier, InMemory, OnServer
-from refleet.common import codec, wire
+from refleet.common import codec, preface, wire
 from refleet.common.digest import digest_of
 from refleet.common.layout import in_body_order
 from refleet.common.memory_server import MemoryEntries
@@ -141,7 +141,11 @@ def craft(
     payload_id = secrets.token_hex(16)
     tensors = tuple(line.tensor for line in lines)
     by_name = {line.entry.spec.name: line for line in lines}
-    encoded = [(tensor, *by_name[tensor.spec.name].blocks[0]) for tensor in in_body_order(tensors)]
+    encoded = [
+        (tensor, number, preface.packed(number, tensor.spec.size_bytes, (), 0, len(data)) + data)
+        for tensor in in_body_order(tensors)
+        for number, data in by_name[tensor.spec.name].blocks[:1]
+    ]
     blocks = tuple(Block(number, tensor.spec.size_bytes, len(data)) for tensor, number, data in encoded)
     body = b"".join(data for _, _, data in encoded)
     chunks = [body] if body else []

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from hostile import Line, craft, unchecked
 from payload_scene import FIRST, SECOND, Scene
-from refleet.common import codec, wire
+from refleet.common import codec, preface, wire
 from refleet.common.errors import WorkerFailed
 from refleet.common.messages import Offer
 from refleet.common.signing import seal
@@ -82,6 +82,13 @@ def crafted_unknown_codec(scene: Scene) -> PayloadRef:
     return with_block(scene, 77, b"whatever")
 
 
+def crafted_preface(scene: Scene) -> PayloadRef:
+    """A preface that reaches beyond its block."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preface, "packed", lambda *_: preface.SIZES.pack(20, 60_000))
+        return with_block(scene, codec.RAW, b"whatever")
+
+
 def crafted_sparse_garbage(scene: Scene) -> PayloadRef:
     return with_block(scene, codec.SPARSE, bytes(range(256)) * 8)
 
@@ -98,6 +105,7 @@ CRAFTED: dict[str, tuple[Callable[[Scene], PayloadRef], str]] = {
     "a wrong base": (crafted_wrong_base, "DigestMismatch"),
     "a zstd bomb": (crafted_bomb, "LimitExceeded"),
     "an unknown codec": (crafted_unknown_codec, "MalformedRecord"),
+    "a preface beyond its block": (crafted_preface, "MalformedRecord"),
     "sparse garbage": (crafted_sparse_garbage, "MalformedRecord"),
     "a short block": (crafted_raw_short, "MalformedRecord"),
 }
@@ -142,7 +150,7 @@ def test_an_offer_of_a_huge_index_is_refused_unread(scene: Scene, bytes_claimed:
 
 def test_the_worker_outlives_many_bad_payloads(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """I12: however many were bad, the next honest one is taken; meanwhile the fleet is told of the failure."""
-    monkeypatch.setattr("refleet.worker.pursue._RETRY_S", 0.3)
+    monkeypatch.setattr("refleet.worker.staging._RETRY_S", 0.3)
     scene.world.carrier.stream().drop_payload(scene.ref.payload_id)
     scene.publisher.close()
     scene.world.publishers.clear()
