@@ -34,6 +34,7 @@ class HostMemory(Memory):
         self._making: list[Making] = []
         own_folder(self.folder)
         sweep(self.folder)
+        self._sweep_others()
 
     @property
     def size_bytes(self) -> int:
@@ -100,6 +101,15 @@ class HostMemory(Memory):
             self._making = [*(each for each in self._making if each.alive), making]
             buffers, making.buffers = making.buffers, []
             return buffers
+
+    def _sweep_others(self) -> None:
+        """Workers that were all killed, and whose store nobody opens any more, left their memory behind."""
+        for folder in self.folder.parent.glob(f"refleet-{os.getuid()}-{'[0-9a-f]' * 32}"):
+            with suppress(OSError, StoreError):  # in use, or somebody else's
+                own_folder(folder)
+                sweep(folder)
+                if folder != self.folder:
+                    folder.rmdir()
 
     def _survivors(self) -> dict[bytes, Bytes]:
         """What is needed of images that are mostly garbage. It moves into the next one, so that these can go."""

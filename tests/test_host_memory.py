@@ -242,6 +242,26 @@ def test_the_memory_of_a_killed_process_is_used_again_by_those_that_run(opened: 
     assert inodes(memory) == {there} and holds(opened(), ONE)
 
 
+def test_what_killed_workers_of_another_store_had_goes_too_and_what_living_ones_have_stays(
+    opened: Open, shm: Path
+) -> None:
+    living = HostMemory("a" * 32, shm=shm)
+    put(living, ONE)
+    gone = shm / f"refleet-{os.getuid()}-{'b' * 32}"
+    code = TAKE.replace('"s"', "sys.argv[2]")
+    with start(code, shm, "b" * 32) as process:
+        assert told(process) == "ready"
+        opened()
+        assert gone.exists()
+        process.kill()
+        process.wait()
+    (shm / f"refleet-{os.getuid()}-stores").mkdir()
+    opened()
+    assert not gone.exists() and (shm / f"refleet-{os.getuid()}-stores").exists()
+    assert holds(living, ONE) and holds(HostMemory("a" * 32, shm=shm), ONE)
+    living.close()
+
+
 def test_a_clean_end_leaves_nothing_behind(shm: Path) -> None:
     first, second = HostMemory("s", shm=shm), HostMemory("s", shm=shm)
     (digest,) = put(first, ONE)

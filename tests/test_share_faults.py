@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from processes import Processes
-from refleet.common.host_memory import SHM
+from refleet.common.shm import SHM
 from refleet.common.store import Store
 from refleet.worker import turn
 from refleet.worker.engine import StagedVersion
@@ -21,7 +21,7 @@ from refleet.worker.state import shared_by
 from safetensors.torch import save_file
 from servers import Server
 from stored import start, told
-from test_crashes import same, which
+from test_crashes import which
 from test_share import FIRST, SECOND, STATES, THIRD, content, fingerprint, held, join, publish, received
 from world import World, holds, served
 from wrapped import Pause
@@ -82,7 +82,7 @@ def test_when_the_worker_that_stages_is_killed_another_one_takes_over(
     until(lambda: processes.serving_of("w1") == "v2", "the other one serves v2", timeout_s=60)
     again = processes.worker("w0", *shared)
     until(lambda: processes.serving_of("w0") == "v2", "the restarted one serves v2", timeout_s=60)
-    assert all(same(processes.served(name), versions["v2"]) for name in ("w0", "w1"))
+    assert {which(processes.served(name), versions) for name in ("w0", "w1")} == {"v2"}
     with Store(folder / "w0" / "state") as own:
         shared_folder = shared_by(own)
     assert shared_folder == folder / "host" / processes.model
