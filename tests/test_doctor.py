@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import subprocess
 import sys
@@ -165,6 +166,19 @@ def test_the_server_is_judged_by_what_it_says() -> None:
     assert FINE.server is not None
     assert bad(judged(server=dataclasses.replace(FINE.server, releases=False))) == {"model": WARN}
     assert "model" not in judged(server=dataclasses.replace(FINE.server, releases=None))
+
+
+def test_a_replica_and_a_server_of_payloads_are_judged_by_what_they_are_for() -> None:
+    assert FINE.server is not None and FINE.server.facts is not None
+    evicts = dataclasses.replace(
+        FINE.server, facts=dataclasses.replace(FINE.server.facts, policy="allkeys-lru", aof=False)
+    )
+    empty = dataclasses.replace(FINE.server, releases=False)
+    assert bad(judged(payload_server=evicts)) == {"payload eviction": FAIL}, "payloads can be written again: no AOF"
+    assert bad(judged(replica=empty)) == {"replica model": WARN}
+    assert bad(judged(replica=evicts)) == {}, "what a replica evicts is its primary's business"
+    down = Server("redis://there:1", problem="can't be reached", next="start it")
+    assert bad(judged(replica=down, payload_server=down)) == {"replica": FAIL, "payload server": FAIL}
 
 
 def test_the_self_test_and_the_engine_are_judged() -> None:
@@ -335,6 +349,21 @@ def test_which_server_is_asked(
     monkeypatch.setattr(doctor_facts, "gather", gather)
     assert execute(["doctor", *arguments], environ) == 0
     assert seen == [asked]
+
+
+def test_replica_and_payload_server_are_asked_too(valkey: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, seen = doctor_facts.gather, []
+
+    def gather(**options: object) -> Facts:
+        seen.append(options)
+        replica = doctor_facts.server_facts(str(options["read_from"]), "")
+        return dataclasses.replace(FINE, replica=replica)
+
+    monkeypatch.setattr(doctor_facts, "gather", gather)
+    there = {"REFLEET_READ_FROM": valkey.url, "REFLEET_PAYLOAD_REDIS": "redis://elsewhere"}
+    assert execute(["doctor", "--payload-redis", "redis://here"], there) == 0
+    assert [(o["read_from"], o["payload_redis"]) for o in seen] == [(valkey.url, "redis://here")]
+    assert inspect.signature(real).parameters.keys() == seen[0].keys()
 
 
 def test_the_help_needs_no_torch() -> None:

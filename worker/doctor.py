@@ -42,6 +42,12 @@ def checks(facts: Facts) -> list[Check]:
     found = [*_packages(facts), *_gpus(facts), *_known(facts)]
     if facts.server is not None:
         found += _server(facts.server)
+    if facts.replica is not None:
+        found += _answers(facts.replica, "replica")
+        found += _has_releases(facts.replica, "replica model")
+    if facts.payload_server is not None:
+        found += _answers(facts.payload_server, "payload server")
+        found += _evicts_nothing(facts.payload_server, "payload eviction")
     if facts.tested is not None:
         found += [_tested(facts.tested)]
     if facts.loaded is not None:
@@ -183,39 +189,54 @@ KNOWN = (
 
 
 def _server(server: Server) -> Iterator[Check]:
-    facts = server.facts
-    if facts is None:
-        yield Check("server", FAIL, server.problem, server.next)
+    yield from _answers(server, "server")
+    yield from _evicts_nothing(server, "eviction")
+    if server.facts is None:
         return
-    kind, _, version = facts.server.partition(" ")
-    if numbers(version) == (0, 0):
-        text = f"{server.address} answers, but does not tell its version"
-        yield Check("server", WARN, text, "it must be Redis 6.2 or newer, or Valkey")
-    elif kind == "Redis" and numbers(version) < (6, 2):
-        yield Check(
-            "server", FAIL, f"{facts.server} at {server.address} is too old", "use Redis 6.2 or newer, or Valkey"
-        )
-    else:
-        yield Check("server", OK, f"{facts.server} at {server.address}")
-    if facts.policy == "noeviction":
-        yield Check("eviction", OK, "maxmemory-policy is noeviction")
-    elif facts.policy:
-        text = f"maxmemory-policy is {facts.policy}: it would drop releases and payloads in silence"
-        yield Check("eviction", FAIL, text, _set("maxmemory-policy noeviction"))
-    else:
-        yield Check("eviction", WARN, "the server does not tell its maxmemory-policy", "it must be noeviction")
-    if facts.aof:
+    if server.facts.aof:
         yield Check("AOF", OK, "the server keeps its data (append-only file)")
-    elif facts.aof is None:
+    elif server.facts.aof is None:
         yield Check("AOF", WARN, "the server does not tell whether it keeps its data", "appendonly should be yes")
     else:
         text = "the append-only file is off: after a restart the server has nothing until the publisher writes again"
         yield Check("AOF", WARN, text, _set("appendonly yes"))
+    yield from _has_releases(server, "model")
+
+
+def _answers(server: Server, name: str) -> Iterator[Check]:
+    facts = server.facts
+    if facts is None:
+        yield Check(name, FAIL, server.problem, server.next)
+        return
+    kind, _, version = facts.server.partition(" ")
+    if numbers(version) == (0, 0):
+        text = f"{server.address} answers, but does not tell its version"
+        yield Check(name, WARN, text, "it must be Redis 6.2 or newer, or Valkey")
+    elif kind == "Redis" and numbers(version) < (6, 2):
+        yield Check(name, FAIL, f"{facts.server} at {server.address} is too old", "use Redis 6.2 or newer, or Valkey")
+    else:
+        yield Check(name, OK, f"{facts.server} at {server.address}")
+
+
+def _evicts_nothing(server: Server, name: str) -> Iterator[Check]:
+    if server.facts is None:
+        return
+    policy = server.facts.policy
+    if policy == "noeviction":
+        yield Check(name, OK, "maxmemory-policy is noeviction")
+    elif policy:
+        text = f"maxmemory-policy is {policy}: it would drop releases and payloads in silence"
+        yield Check(name, FAIL, text, _set("maxmemory-policy noeviction"))
+    else:
+        yield Check(name, WARN, "the server does not tell its maxmemory-policy", "it must be noeviction")
+
+
+def _has_releases(server: Server, name: str) -> Iterator[Check]:
     if server.releases:
-        yield Check("model", OK, f"model {server.model!r} has releases")
+        yield Check(name, OK, f"model {server.model!r} has releases")
     elif server.releases is not None:
         text = f"the server has no release of model {server.model!r}: a worker would wait for the first"
-        yield Check("model", WARN, text, f"refleet publish PATH --model {server.model}; or check the name")
+        yield Check(name, WARN, text, f"refleet publish PATH --model {server.model}; or check the name")
 
 
 def _set(setting: str) -> str:

@@ -22,6 +22,8 @@ _COLORS = {OK: "green", WARN: "yellow", FAIL: "red"}
 
 @click.command(epilog=EXAMPLE)
 @click.option("--redis", metavar="URL", help="Also look at this server.  [REFLEET_REDIS]")
+@click.option("--read-from", metavar="URL", help="Also look at this replica of it.  [REFLEET_READ_FROM]")
+@click.option("--payload-redis", metavar="URL", help="Also at this server of payloads.  [REFLEET_PAYLOAD_REDIS]")
 @click.option("--model", metavar="NAME", default="", help="Also look whether the server has releases of this model.")
 @click.option("--engine", metavar="SPEC", default="", help="Also load this engine, as `refleet-worker run` does.")
 @click.option(
@@ -29,7 +31,10 @@ _COLORS = {OK: "green", WARN: "yellow", FAIL: "red"}
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object; its keys are in docs/worker.md.")
 @click.pass_obj
-def doctor(found: Settings, redis: str | None, model: str, engine: str, self_test: bool, as_json: bool) -> int:
+def doctor(
+    found: Settings, redis: str | None, read_from: str | None, payload_redis: str | None, model: str, engine: str,
+    self_test: bool, as_json: bool,
+) -> int:  # fmt: skip
     """Tell whether this machine can serve, and what to do where it can't.
 
     Exit code 0 if nothing failed, 1 otherwise. Nothing on the server is changed.
@@ -40,7 +45,11 @@ def doctor(found: Settings, redis: str | None, model: str, engine: str, self_tes
     if url is None and (model or found.redis != Settings().redis):
         url = found.redis
     say = _silent if as_json else _say
-    verdict = checks(gather(redis=url, model=model, engine=engine, self_test=self_test, say=say))
+    facts = gather(
+        redis=url, read_from=read_from or found.read_from, payload_redis=payload_redis or found.payload_redis,
+        model=model, engine=engine, self_test=self_test, say=say,
+    )  # fmt: skip
+    verdict = checks(facts)
     failed = sum(check.status == FAIL for check in verdict)
     _print(as_object(verdict) if as_json else "\n".join([*table(verdict), "", summary(verdict)]))
     return 1 if failed else 0

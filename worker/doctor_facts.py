@@ -30,10 +30,12 @@ _REPLY_S = 5.0
 
 
 def gather(
-    *, redis: str | None = None, model: str = "", engine: str = "", self_test: bool = True,
-    say: Callable[[str], None] = lambda _text: None,
+    *, redis: str | None = None, read_from: str = "", payload_redis: str = "", model: str = "", engine: str = "",
+    self_test: bool = True, say: Callable[[str], None] = lambda _text: None,
 ) -> Facts:  # fmt: skip
-    """Look at this machine. Args: `redis` url of the server, None: don't ask one; `say` hears what takes time."""
+    """Look at this machine. Args: `redis` url of the server, None: ask none; `read_from`, `payload_redis` urls of a
+    replica and of another server for payloads, where there are; `say` hears what takes time.
+    """
     torch = child("torch", limit_s=IMPORT_S)
     compiler = _compiler()
     gpus = tuple(_gpu(found) for found in torch.get("gpus", []))
@@ -61,6 +63,8 @@ def gather(
         driver=driver(),
         engine=engine,
         server=None if redis is None else server_facts(redis, model),
+        replica=server_facts(read_from, model) if read_from else None,
+        payload_server=server_facts(payload_redis, "") if payload_redis else None,
         tested=tested,
         loaded=loaded,
     )

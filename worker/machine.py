@@ -89,6 +89,9 @@ class Facts:
     driver: str = ""
     engine: str = ""  # the spec
     server: Server | None = None
+    #: where workers read from, and where payloads lie, if that is not `server`
+    replica: Server | None = None
+    payload_server: Server | None = None
     tested: Trial | None = None
     loaded: Loaded | None = None
 
