@@ -23,7 +23,7 @@ from .limits import LIMITS
 from .messages import Ack, Coming, Lease, Offer, Release, VerifyRequest, WorkerStatus
 from .types import Index, Manifest, PayloadRef
 
-FORMAT = 3
+FORMAT = 4
 #: tag of each top-level record; further ones register themselves with `record`
 _TAGS: dict[type, str] = {
     Release: "release",
