@@ -46,6 +46,7 @@ def timed(step: Callable[[], object], *, rounds: int = 3) -> float:
 
 def read_all(store: Store, manifest: Manifest) -> None:
     with store.memory.pinned(manifest.digests):
+        store.load(manifest.digests)
         for entry in manifest.tensors:
             store.read(entry.digest, verify=True)
 

@@ -22,6 +22,7 @@ from . import wire
 from .crashpoint import crash_point
 from .digest import digest_of
 from .errors import MalformedRecord, RefleetError, StoreError
+from .layout import Placed, placed
 from .limits import LIMITS
 from .records import TempFile
 from .types import DTYPE_BYTES, Block, DeltaTensor, Index, Manifest, require, require_digest
@@ -82,6 +83,7 @@ class DeltaFile:
     def __init__(self, path: Path, record: StoredDelta):
         self.path, self.record = path, record
         self.digests = frozenset(tensor.digest for tensor in record.tensors)
+        self.numbers = {tensor.digest: number for number, tensor in enumerate(record.tensors)}
         #: digests of the tensors that reading any tensor of this file takes
         self.bases = frozenset(tensor.base for tensor in record.tensors if tensor.base is not None)
 
@@ -113,6 +115,10 @@ class DeltaFile:
                     except RefleetError:  # written by another version of this program
                         pass
         raise MalformedRecord("a stored delta is damaged", about=str(path))
+
+    def places(self) -> list[Placed]:
+        """All blocks, with the tensors in them."""
+        return list(placed((tensor.size_bytes for tensor in self.record.tensors), self.record.blocks))
 
     @contextmanager
     def reading(self) -> Iterator[Callable[[int, int], bytes]]:

@@ -1,26 +1,24 @@
 """Tensors of a store that are kept as changes to others (deltas.py): found by digest, rebuilt in memory when read.
 
-All tensors of one file are rebuilt together: they share blocks, and who reads one of a version reads the others next.
-A chain of files is rebuilt from its oldest on; what lies between is dropped again.
+Who reads a version loads all of its tensors at once (rebuild.py). Who reads a single one gets all of its file: tensors
+share blocks, and who reads one of a version reads the others next.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from .deltas import DeltaFile, DeltaWriter, StoredDelta
-from .digest import matching
-from .errors import DamagedTensor, LimitExceeded, MalformedRecord, StoreError
+from .errors import DamagedTensor, MalformedRecord, StoreError
 from .folder_stamp import FolderStamp
-from .layout import Bytes, Placed, decode, placed
+from .layout import Bytes
 from .memory import Memory
 from .pack import HEAL
+from .rebuild import Rebuild
 from .records import Unsettled, remove
-from .threads import cores, in_order
 
 #: the whole tensor of a digest, where the store holds one: DamagedTensor where not
 ReadWhole = Callable[[bytes], Bytes]
@@ -59,7 +57,8 @@ class Derived:
             found = self._memory.get(digest)
             while found is None and not self.lacking((digest,)):
                 self._memory.trim()
-                self._rebuild(self._where[digest])  # where that fails, this file is forgotten
+                file = self._where[digest]
+                self._rebuild({other for other in file.digests if self._where.get(other) is file})
                 found = self._memory.get(digest)
             if found is None:
                 raise DamagedTensor(
@@ -69,6 +68,13 @@ class Derived:
                     next=HEAL,
                 )
             return found
+
+    def load(self, digests: Iterable[bytes]) -> None:
+        """Rebuilds those that are held here into memory, as far as they can be. Raises: StoreError."""
+        with self._guard:
+            wanted = {digest for digest in digests if digest in self._where and self._memory.get(digest) is None}
+            if wanted:
+                self._rebuild(wanted)
 
     def depth(self, digests: Iterable[bytes]) -> int:
         """How many files it takes at most to rebuild one of these. 0: none of them is in a file."""
@@ -168,118 +174,20 @@ class Derived:
             depths[file.name] = 1 + max((self._depth(each, depths) for each in below.values()), default=0)
         return depths[file.name]
 
-    def _rebuild(self, file: DeltaFile) -> None:
-        """Everything in `file` into memory; what can't be rebuilt is forgotten."""
-        between: dict[bytes, Bytes] = {}
-        order: list[DeltaFile] = []
-        self._plan(file, order, set())
-        for number, each in enumerate(order[:-1]):
-            later = set[bytes]().union(*(other.bases for other in order[number + 1 :]))
-            found = self._stepped(each, between, later)
-            between = {digest: data for digest, data in (between | found).items() if digest in later}
-            del found  # buffers that nobody looks at are used again
-        found, bad = self._rebuilt(file, between)
-        self._forgotten.update((file.name, digest) for digest in bad)
-        self._index()
+    def _rebuild(self, wanted: set[bytes]) -> None:
+        """Into memory; what can't be rebuilt is forgotten where it was looked for."""
+        found = Rebuild(wanted, where=self._where, given=self._given, memory=self._memory).run()
         self._memory.put(found)
+        if lost := wanted - found.keys():
+            self._forgotten.update((self._where[digest].name, digest) for digest in lost)
+            self._index()
 
-    def _plan(self, file: DeltaFile, order: list[DeltaFile], seen: set[str]) -> None:
-        """The files that `file` builds on, oldest first, and itself. A chain may be long: no recursion."""
-        stack = [(file, False)]
-        while stack:
-            each, ready = stack.pop()
-            if ready:
-                order.append(each)
-                continue
-            if each.name in seen:
-                continue
-            seen.add(each.name)
-            stack.append((each, True))
-            lacking = (base for base in each.bases if self._memory.get(base) is None and base in self._where)
-            older = [self._where[base] for base in lacking if not self._is_whole(base)]
-            stack += [(below, False) for below in older if below.name < each.name]
-
-    def _is_whole(self, digest: bytes) -> bool:
-        try:
-            self._whole(digest)
-        except DamagedTensor:
-            return False
-        return True
-
-    def _stepped(self, file: DeltaFile, between: dict[bytes, Bytes], later: set[bytes]) -> dict[bytes, Bytes]:
-        """The tensors of a file on the way to another one: not verified, what comes of them is. In place where a tensor
-        of `between` is the base of one tensor only, and no file needs it `later`.
-        """
-        tensors = file.record.tensors
-        uses = Counter(tensor.base for tensor in tensors)
-        bases, bad = self._bases(file, between)
-        outs = [
-            between[tensor.base]
-            if tensor.base in between and tensor.base not in later and uses[tensor.base] == 1 and number not in bad
-            else self._memory.take(tensor.size_bytes)
-            for number, tensor in enumerate(tensors)
-        ]
-        bad |= self._decoded(file, bases, outs, bad)
-        return {tensor.digest: outs[number] for number, tensor in enumerate(tensors) if number not in bad}
-
-    def _rebuilt(self, file: DeltaFile, between: dict[bytes, Bytes]) -> tuple[dict[bytes, Bytes], frozenset[bytes]]:
-        """(verified tensors, digests that could not be rebuilt) of one file, whose bases are at hand by now."""
-        tensors = file.record.tensors
-        bases, bad = self._bases(file, between)
-        outs = self._memory.take_all(tensor.size_bytes for tensor in tensors)
-        bad |= self._decoded(file, bases, outs, bad)
-        sound = matching((out.data for out in outs), (tensor.digest for tensor in tensors))
-        found = {
-            tensor.digest: outs[number] for number, tensor in enumerate(tensors) if sound[number] and number not in bad
-        }
-        return found, file.digests - found.keys()
-
-    def _bases(self, file: DeltaFile, between: dict[bytes, Bytes]) -> tuple[dict[int, Bytes], set[int]]:
-        """Bases by number of the tensor that builds on them, and the numbers of those whose base is not to be had."""
-        bases: dict[int, Bytes] = {}
-        bad: set[int] = set()
-        for number, tensor in enumerate(file.record.tensors):
-            if tensor.base is not None:
-                found = self._base(tensor.base, between)
-                if found is None or found.size != tensor.size_bytes:
-                    bad.add(number)
-                else:
-                    bases[number] = found
-        return bases, bad
-
-    def _base(self, digest: bytes, between: dict[bytes, Bytes]) -> Bytes | None:
-        found = between.get(digest)
-        if found is None:
-            found = self._memory.get(digest)
+    def _given(self, digest: bytes) -> Bytes | None:
+        found = self._memory.get(digest)
         if found is None:
             with suppress(DamagedTensor):
                 found = self._whole(digest)
         return found
-
-    @staticmethod
-    def _decoded(file: DeltaFile, bases: dict[int, Bytes], outs: list[Bytes], bad: set[int]) -> set[int]:
-        """Fills `outs`; returns the tensors that could not be. `bad` have no base. Raises: StoreError."""
-        tensors = file.record.tensors
-
-        def task(place: Placed) -> set[int]:
-            numbers = {span.number for span in place.spans}
-            if numbers & bad:
-                return numbers
-            first = tensors[place.spans[0].number]
-            based = bases.__getitem__ if first.base is not None else None
-            try:
-                encoded = read(place.offset, place.block.encoded_bytes)
-                decode(place, encoded, dtype=first.dtype, base=based, out=outs.__getitem__)
-            except (MalformedRecord, LimitExceeded):
-                return numbers
-            return set()
-
-        places = placed((tensor.size_bytes for tensor in tensors), file.record.blocks)
-        try:
-            with file.reading() as read:
-                return set().union(*in_order(task, places, threads=cores()))
-        except FileNotFoundError:  # another process removed it
-            return set(range(len(tensors)))
 
 
 class DeltaBatch(DeltaWriter):

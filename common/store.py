@@ -148,6 +148,12 @@ class Store(NamedRecords):
             self._objects.forget(digest)  # a delta that came later has it
             return self._derived.read(digest).data
 
+    def load(self, digests: Collection[bytes]) -> None:
+        """Rebuilds into memory what of these is only there as deltas: for who is about to read a version. What can't
+        be rebuilt is found by whoever reads it. Raises: StoreError.
+        """
+        self._derived.load(self._objects.lacking(digests))
+
     def recheck(self, digest: bytes) -> None:
         """Hash the tensor's bytes wherever they are, memory included. Raises: DamagedTensor, StoreError."""
         if tensor_digest(self.read(digest, verify=True)) != digest:
@@ -197,6 +203,7 @@ class Store(NamedRecords):
             return 0
         written = 0
         with self.memory.pinned(manifest.digests), self.batch() as batch:
+            self.load(derived)
             for entry in manifest.tensors:
                 if entry.digest in derived:
                     derived.discard(entry.digest)

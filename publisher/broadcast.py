@@ -42,6 +42,7 @@ def broadcast(
         try:
             held = base.digests if base else ()
             with store.memory.pinned(held), store.delta() as delta, payloads.outgoing(base) as out:
+                store.load(held)
                 encoder = Encoder(compared.inputs())
                 for chunk in ahead(encoder.chunks(), depth=_AHEAD):
                     out.put(chunk)

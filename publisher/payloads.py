@@ -115,6 +115,7 @@ class Payloads:
         most = sum(part.tensor.spec.size_bytes for part in parts if part.tensor.carried)
         store, both = self._book.store, target.digests | (base.digests if base else frozenset())
         with store.memory.pinned(both), self.outgoing(base, lacks=lacks) as out:
+            store.load(both)
             encoder = Encoder(inputs(parts, store, base))
             try:
                 for chunk in ahead(encoder.chunks(), depth=2):

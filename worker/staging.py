@@ -104,7 +104,9 @@ class Staging:
         Raises: DamagedTensor, StreamGap when the worker has to stop.
         """
         with clock.phase("verify"), turn(self._store, "rebuilding", stopping=self._stopping) as working:
-            for entry in staged.manifest.changed_from(holds):  # whoever comes first rebuilds it for all
+            changed = staged.manifest.changed_from(holds)
+            self._store.load({entry.digest for entry in changed})  # whoever comes first rebuilds it for all
+            for entry in changed:
                 try:
                     staged.read(entry.spec.name)
                 except DamagedTensor as error:
