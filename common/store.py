@@ -149,9 +149,7 @@ class Store(NamedRecords):
             return self._derived.read(digest).data
 
     def load(self, digests: Collection[bytes]) -> None:
-        """Rebuilds into memory what of these is only there as deltas: for who is about to read a version. What can't
-        be rebuilt is found by whoever reads it. Raises: StoreError.
-        """
+        """Rebuilds into memory what is only there as deltas: for who is about to read a version. Raises: StoreError."""
         self._derived.load(self._objects.lacking(digests))
 
     def recheck(self, digest: bytes) -> None:
