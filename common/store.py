@@ -282,7 +282,7 @@ class Store(NamedRecords):
             live, unreadable = self._manifests.live(kept)
             freed_bytes += freed + self._manifests.drop_damaged(unreadable)
             if not unreadable:
-                needed, files = self._derived.needs(live, whole=lambda digest: not self._objects.lacking((digest,)))
+                needed, files = self._derived.needs(live, whole=self._objects.holds)
                 freed_bytes += self._derived.retain(files)
                 freed_bytes += retain(self._objects, needed)
             return Collected(removed, freed_bytes, tuple(sorted(unreadable)))

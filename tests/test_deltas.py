@@ -13,6 +13,7 @@ from refleet.common.delta import Encoder, Input, plan
 from refleet.common.deltas import DeltaFile, StoredDelta
 from refleet.common.digest import tensor_digest
 from refleet.common.errors import DamagedTensor, MalformedRecord
+from refleet.common.folder_stamp import FolderStamp
 from refleet.common.layout import in_body_order
 from refleet.common.memory import POOLED_BYTES, Memory
 from refleet.common.store import Store
@@ -267,3 +268,24 @@ def test_a_version_that_another_process_anchored_meanwhile_is_read_from_there(st
         store.collect([last.fingerprint])
         assert delta_files(store) == []
         assert_holds(other, versions[-1])
+
+
+def test_a_collect_looks_at_its_folders_and_not_for_every_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[Path] = []
+    changed = FolderStamp.changed
+
+    def counted(stamp: FolderStamp) -> bool:
+        looks.append(stamp._folder)
+        return changed(stamp)
+
+    with Store(tmp_path / "store") as store:
+        first = {f"layer.{n}": np.arange(8, dtype=np.uint16) + n for n in range(100)}
+        second = {name: values ^ 1 for name, values in first.items()}
+        put_whole(store, first)
+        kept = put_delta(store, first, second)
+        monkeypatch.setattr(FolderStamp, "changed", counted)
+        store.collect({kept.fingerprint})
+        assert len(looks) < 20
+        assert_holds(store, second)
