@@ -44,6 +44,24 @@ def test_an_ack_claims_each_step_of_the_ladder_once_and_in_order(world: World) -
     assert {"stage", "apply", "read_back", "probe", "persist", "pause"} <= acks[-1].timings_ms.keys()
 
 
+def test_a_fleet_that_serves_already_is_not_waited_for(
+    world: World, until: Until, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, publisher = world.worker(), world.publisher()
+    published = publisher.publish(checkpoint(1), version="v1")
+    until(lambda: world.acks("w0")[-1:] and world.acks("w0")[-1].evidence == Evidence.SERVING, "w0 said SERVING")
+    waits: list[float] = []
+    acks = publisher.stream.acks
+
+    def noted(after: dict[str, str], *, block_s: float) -> dict[str, list[tuple[str, bytes]]]:
+        waits.append(block_s)
+        return acks(after, block_s=block_s)
+
+    monkeypatch.setattr(publisher.stream, "acks", noted)
+    assert published.wait(workers=1).keys() == {worker.id}
+    assert waits == [0]
+
+
 def test_rollback_is_a_newer_release_of_the_same_content_without_payload(world: World) -> None:
     """I7, I8."""
     worker, publisher = world.worker(), world.publisher()
