@@ -90,7 +90,7 @@ def inside(near: Side, far: Side, options: argparse.Namespace) -> list[dict[str,
                 for kind, runs in refleet(near, far, Path(here), options):
                     found = summary(runs)
                     ours, limit = found["served_s"], against["raw"] * found["payload_bytes"] / size
-                    row = {"gigabits": gigabits, "kind": kind, **found, "of_link": limit / ours}
+                    row = {"gigabits": gigabits, "kind": kind, "share": False, **found, "of_link": limit / ours}
                     row |= {f"{peer}_s": theirs for peer, theirs in against.items()}
                     rows.append(row | {f"x_{peer}": theirs / ours for peer, theirs in against.items()})
     return rows

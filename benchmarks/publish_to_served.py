@@ -163,10 +163,11 @@ def main() -> int:
         console.print(f"left out: {line}", highlight=False, soft_wrap=True)
     console.print(f"{about['processor']}, {about['cores']} cores, load {about['load']:.1f} at the start, medians of "
                   f"{options.rounds}", highlight=False)  # fmt: skip
+    found = {"machine": about, "rows": rows, "skipped": skipped}
     if options.json:
-        options.json.write_text(json.dumps({"machine": about, "rows": rows, "skipped": skipped}, indent=1))
+        options.json.write_text(json.dumps(found, indent=1))
     if options.plot and rows:
-        print(plots.draw(plots.timeline, rows, options.plot))
+        print(plots.draw(plots.timeline, found, options.plot))
     return 0
 
 

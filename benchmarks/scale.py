@@ -209,7 +209,7 @@ def main() -> int:
                 if options.json:
                     options.json.write_text(json.dumps({"machine": about, **figures(found)}, indent=1))
     if options.plot:
-        console.print(plots.draw(plots.scale, found, options.plot))
+        console.print(plots.draw(plots.scale, figures(found), options.plot))
     return 0
 
 
