@@ -193,7 +193,8 @@ class Store(NamedRecords):
         Returns the bytes written. Raises: DamagedTensor, StoreFull, StoreError.
         """
         derived = self._objects.lacking(stored_digests(manifest))
-        if self._derived.depth(derived) < every and not self._derived.on_nothing(derived):
+        depth = self._derived.depth(derived, whole=self._objects.holds)
+        if depth < every and not self._derived.on_nothing(derived):
             return 0
         written = 0
         with self.memory.pinned(manifest.digests), self.batch() as batch:

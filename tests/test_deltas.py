@@ -140,6 +140,14 @@ def test_an_anchor_ends_the_chain_and_lets_what_it_replaces_go(store: Store) -> 
         assert store.missing(manifest_of(tensors))
 
 
+def test_a_step_after_an_anchor_is_one_step_away_before_anything_went(store: Store) -> None:
+    versions = chain(store, 9)
+    assert store.anchor(manifest_of(versions[-1]), every=3) > 0
+    after = put_delta(store, versions[-1], stepped(versions[-1], 99))
+    assert store.anchor(after, every=2) == 0
+    assert store.anchor(after, every=1) > 0
+
+
 def test_retention_keeps_what_a_kept_version_is_rebuilt_from(store: Store) -> None:
     versions = chain(store, 8)
     store.collect([manifest_of(versions[5]).fingerprint])
