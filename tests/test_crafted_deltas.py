@@ -142,7 +142,7 @@ def test_an_offer_of_a_huge_index_is_refused_unread(scene: Scene, bytes_claimed:
 
 def test_the_worker_outlives_many_bad_payloads(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """I12: however many were bad, the next honest one is taken; meanwhile the fleet is told of the failure."""
-    monkeypatch.setattr("refleet.worker.pursue._RETRY_S", 0.3)
+    monkeypatch.setattr("refleet.worker.staging._RETRY_S", 0.3)
     scene.world.carrier.stream().drop_payload(scene.ref.payload_id)
     scene.publisher.close()
     scene.world.publishers.clear()
