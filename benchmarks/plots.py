@@ -1,7 +1,14 @@
-"""Pictures of what the benchmarks found, where matplotlib is installed (.venv-bench)."""
+"""Pictures of what the benchmarks found, as they write it with `--json`. Needs matplotlib (.venv-bench).
+
+    python benchmarks/plots.py {sizes,timeline,scale} FILE.json PICTURE.png
+
+With `--plot` the benchmarks draw these themselves.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,20 +65,21 @@ def sizes(found: dict[str, Any], path: Path) -> None:
         panel.set_visible(False)
     figure.supxlabel("% of the checkpoint on the wire (log scale); dashed: entropy of the step", fontsize=9)
     figure.tight_layout()
-    _save(figure, path)
+    save(figure, path)
 
 
 #: colors of phases, in the order of the legend; a phase that has none is not drawn
 PHASES = {
-    "hash": "#b7c4cf", "store": "#7f96a8", "send": "#c0392b", "release": "#5d4037",
+    "send": "#c0392b", "release": "#5d4037",
     "receive early": "#f3b9a6", "stage": "#e08e45", "verify": "#f2d16b", "prepare": "#9ccc65", "apply": "#2e7d32",
     "read_back": "#66a5ad", "probe": "#26527c", "persist": "#7e57c2", "ack": "#bdbdbd",
 }  # fmt: skip
 
 
-def timeline(rows: list[dict[str, Any]], path: Path) -> None:
+def timeline(found: dict[str, Any], path: Path) -> None:
     """When everything happened in each kind of publish to the last fleet: a panel a kind, a lane a process."""
-    rows = [row for row in rows if (row["workers"], row["share"]) == (rows[-1]["workers"], rows[-1]["share"])]
+    last = found["rows"][-1]
+    rows = [row for row in found["rows"] if (row["workers"], row["share"]) == (last["workers"], last["share"])]
     lanes = ["publisher", *(f"w{n}" for n in range(rows[0]["workers"]))]
     height = 0.75 + 0.19 * len(lanes)
     figure, panels = pyplot.subplots(len(rows), 1, figsize=(10, 0.8 + height * len(rows)), squeeze=False)
@@ -99,12 +107,12 @@ def timeline(rows: list[dict[str, Any]], path: Path) -> None:
     figure.legend(handles=handles, ncol=len(handles), fontsize=7, loc="upper center", frameon=False, handlelength=1,
                   columnspacing=1, handletextpad=0.4)  # fmt: skip
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / figure.get_figheight()))
-    _save(figure, path)
+    save(figure, path)
 
 
-def scale(found: dict[str, list[Costs]], path: Path) -> None:
+def scale(found: dict[str, Any], path: Path) -> None:
     """A panel for each part: how many times its value at the first point each cost grows to, both axes logarithmic."""
-    parts = {part: rows for part, rows in found.items() if len(rows) > 1}
+    parts: dict[str, list[Costs]] = {part: rows for part, rows in found["rows"].items() if len(rows) > 1}
     figure, panels = pyplot.subplots(1, len(parts), figsize=(10, 5), squeeze=False)
     for panel, (part, rows) in zip(panels.flat, parts.items(), strict=True):
         label, columns = PARTS[part]
@@ -132,9 +140,21 @@ def scale(found: dict[str, list[Costs]], path: Path) -> None:
         panel.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
         panel.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    _save(figure, path)
+    save(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """1200 pixels for a width of 10."""
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def main() -> int:
+    picture, file, target = sys.argv[1:]
+    pictures = {"sizes": sizes, "timeline": timeline, "scale": scale}
+    print(draw(pictures[picture], json.loads(Path(file).read_text()), Path(target)))
+    return 1 if MISSING else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

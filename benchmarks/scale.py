@@ -29,6 +29,7 @@ from pathlib import Path
 import model
 import plots
 import steps
+import tables
 import torch
 from fleets import HERE, NAME, WORKER
 from host import ended, machine, memcpy, no_room
@@ -194,7 +195,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     parser.add_argument("--plot", type=Path, help="draw the costs into this PNG (needs matplotlib)")
     options = parser.parse_args()
-    console, about = Console(width=None if sys.stdout.isatty() else 130), machine()
+    console, about = tables.console(), machine()
     found: dict[str, list[Costs]] = {}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -202,14 +203,14 @@ def main() -> int:
             rows = found[part] = []
             try:
                 for line in measure(part, options, progress, rows):
-                    console.print(f"left out: {line}", highlight=False)
+                    console.print(f"left out: {line}")
             finally:  # what is there already, should the rest fail or take too long
                 if len(rows) > 1:
                     show(part, rows, console)
                 if options.json:
                     options.json.write_text(json.dumps({"machine": about, **figures(found)}, indent=1))
     if options.plot:
-        console.print(plots.draw(plots.scale, found, options.plot))
+        console.print(plots.draw(plots.scale, figures(found), options.plot))
     return 0
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import tables
 from rich.console import Console
-from rich.table import Table
 
 Costs = dict[str, float]
 _ENOUGH = 3  # points from the end that the exponent is fitted to: fixed costs hide it before
@@ -50,7 +50,7 @@ PARTS = {
 def fit(rows: list[Costs], cost: str) -> Costs:
     """A straight line through all points, and the power law through the last ones."""
     x, y = (np.array([row[what] for row in rows]) for what in ("x", cost))
-    slope, start = np.polyfit(x, y, 1)
+    slope, start = np.polyfit(x, y, 1) if np.ptp(y) else (0.0, y[0])
     left = float(((y - slope * x - start) ** 2).sum())
     spread = float(((y - y.mean()) ** 2).sum())
     power = np.polyfit(np.log(x[-_ENOUGH:]), np.log(np.maximum(y[-_ENOUGH:], 1e-9)), 1)[0]
@@ -68,9 +68,8 @@ def fits(part: str, rows: list[Costs]) -> dict[str, Costs]:
 
 def show(part: str, rows: list[Costs], console: Console) -> None:
     label, columns = PARTS[part]
-    table = Table(label, title=f"cost against {part}; publisher, server, worker: processor time")
-    for column in columns:
-        table.add_column(column.heading, justify="right")
+    headings = [column.heading for column in columns]
+    table = tables.table(f"cost against {part}; publisher, server, worker: processor time", label, *headings)
     for row in rows:
         at = f"{row['x']:.3g}" if part == "sizes" else f"{row['x']:,}"
         table.add_row(at, *(f"{row[column.cost] * column.factor:.4g}" for column in columns))

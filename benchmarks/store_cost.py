@@ -19,9 +19,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import model
 import steps
+import tables
 from host import memcpy
 from refleet.common.memory_stream import MemoryServer, MemoryStream
 from refleet.common.store import Store
@@ -31,7 +33,8 @@ from refleet.worker import Worker
 from refleet.worker.memory_engine import MemoryEngine
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+
+_QUIET_S = 0.3
 
 
 def timed(step: Callable[[], object], *, rounds: int = 3) -> float:
@@ -42,6 +45,13 @@ def timed(step: Callable[[], object], *, rounds: int = 3) -> float:
         step()
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds)
+
+
+def wait_quiet(stores: dict[str, Store]) -> None:
+    """Until nothing is written any more."""
+    before: list[int] = []
+    while before != (before := [store.size_bytes for store in stores.values()]):
+        time.sleep(_QUIET_S)
 
 
 def read_all(store: Store, manifest: Manifest) -> None:
@@ -56,7 +66,7 @@ def after_restart(root: Path, manifest: Manifest) -> None:
         read_all(store, manifest)
 
 
-def run(folder: Path, options: argparse.Namespace) -> dict[str, object]:
+def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     server = MemoryServer()
     weights = model.fresh(options.size, seed=0)
     full = model.size_bytes(options.size)
@@ -69,14 +79,16 @@ def run(folder: Path, options: argparse.Namespace) -> dict[str, object]:
     ).start()  # fmt: skip
     with Publisher(MemoryStream(server, "m"), model="m", store=folder / "s", keep=options.steps + 1) as publisher:
         stores = {"publisher": publisher.store, "worker": worker.store}
-        for number in track(range(options.steps + 1), console=Console(stderr=True), transient=True):
+        for number in track(range(-1, options.steps + 1), console=Console(stderr=True), transient=True):
             before = {name: store.size_bytes for name, store in stores.items()}
-            if number:
-                changed.append(steps.change("rl", weights, seed=number))
-            published = publisher.publish(model.as_tensors(weights), version=f"v{number}")
+            moved = steps.change("first" if number < 0 else "rl", weights, seed=number + 1)
+            published = publisher.publish(model.as_tensors(weights))
             ack = published.wait(workers=1, timeout_s=120)["w"]
             manifests.append(publisher.store.manifest(published.release.fingerprint))
-            if number:
+            if number <= 0:
+                wait_quiet(stores)  # the first version is written whole behind everybody's back
+            else:
+                changed.append(moved)
                 wire.append(published.release.payload_bytes)
                 staged.append(ack.timings_ms["stage"] / 1000)
                 for name, store in stores.items():
@@ -96,6 +108,26 @@ def run(folder: Path, options: argparse.Namespace) -> dict[str, object]:
     }  # fmt: skip
 
 
+def show(seen: dict[str, Any], console: Console) -> None:
+    full, changed = seen["full_bytes"], seen["changed_bytes"]
+    title = f"one step of {full / 1e6:.0f} MB bf16, {changed / full:.1%} of the elements changed"
+    table = tables.table(title, "", "bytes, median", "/ changed bytes", "/ model", "with anchors, mean", "/ model")
+    wire = seen["wire_bytes"]
+    table.add_row("wire", f"{wire:,.0f}", f"{wire / changed:.2f}", f"{wire / full:.4f}")
+    for name, median in seen["written_median"].items():
+        mean = seen["written_mean"][name]
+        table.add_row(name, f"{median:,.0f}", f"{median / changed:.2f}", f"{median / full:.4f}",
+                      f"{mean:,.0f}", f"{mean / full:.4f}")  # fmt: skip
+    console.print(table)
+    table = tables.table("until an earlier version is in memory and verified", "steps back", "/ memcpy",
+                         "/ staging a step", "after a restart / memcpy", "/ staging a step")  # fmt: skip
+    copied, stage = seen["memcpy_s"], seen["stage_s"]
+    for back, row in seen["back"].items():
+        ratios = [row["live_s"] / copied, row["live_s"] / stage, row["restart_s"] / copied, row["restart_s"] / stage]
+        table.add_row(str(back), *(f"{ratio:.1f}" for ratio in ratios))
+    console.print(table)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=110)
@@ -107,33 +139,7 @@ def main() -> int:
         seen = run(folder, options)
     finally:
         shutil.rmtree(folder)
-    console = Console(width=None if sys.stdout.isatty() else 100)
-    full, changed = float(seen["full_bytes"]), float(seen["changed_bytes"])  # type: ignore[arg-type]
-    table = Table(title=f"one step of {full / 1e6:.0f} MB bf16, {changed / full:.1%} of the elements changed")
-    for name in ("", "bytes, median", "/ changed bytes", "/ model", "with anchors, mean", "/ model"):
-        table.add_column(name, justify="right")
-    table.add_row(
-        "wire", f"{seen['wire_bytes']:,.0f}", f"{seen['wire_bytes'] / changed:.2f}", f"{seen['wire_bytes'] / full:.4f}"
-    )  # type: ignore[operator]
-    for name, median in seen["written_median"].items():  # type: ignore[attr-defined]
-        mean = seen["written_mean"][name]  # type: ignore[index]
-        table.add_row(
-            name,
-            f"{median:,.0f}",
-            f"{median / changed:.2f}",
-            f"{median / full:.4f}",
-            f"{mean:,.0f}",
-            f"{mean / full:.4f}",
-        )
-    console.print(table)
-    table = Table(title="until an earlier version is in memory and verified")
-    for name in ("steps back", "/ memcpy", "/ staging a step", "after a restart / memcpy", "/ staging a step"):
-        table.add_column(name, justify="right")
-    copied, stage = seen["memcpy_s"], seen["stage_s"]
-    for back, row in seen["back"].items():  # type: ignore[attr-defined]
-        figures = [row["live_s"] / copied, row["live_s"] / stage, row["restart_s"] / copied, row["restart_s"] / stage]
-        table.add_row(str(back), *(f"{figure:.1f}" for figure in figures))
-    console.print(table)
+    show(seen, tables.console())
     if options.json:
         options.json.write_text(json.dumps(seen, indent=1))
     return 0

@@ -76,12 +76,15 @@ class Derived:
             if wanted:
                 self._rebuild(wanted)
 
-    def depth(self, digests: Iterable[bytes]) -> int:
-        """How many files it takes at most to rebuild one of these. 0: none of them is in a file."""
+    def depth(self, digests: Iterable[bytes], *, whole: Callable[[bytes], bool]) -> int:
+        """How many files it takes at most to rebuild one of these. 0: none of them is in a file.
+
+        `whole` answers which tensors are held outside of the files: nothing below these counts.
+        """
         with self._guard:
             depths: dict[str, int] = {}
             files = {self._where[digest].name: self._where[digest] for digest in digests if digest in self._where}
-            return max((self._depth(file, depths) for file in files.values()), default=0)
+            return max((self._depth(file, depths, whole) for file in files.values()), default=0)
 
     def on_nothing(self, digests: Iterable[bytes]) -> bool:
         """Whether one of these is in a file that builds on nothing: it was sent whole."""
@@ -167,11 +170,12 @@ class Derived:
 
     # ------------------------------------------------------------------ rebuilding
 
-    def _depth(self, file: DeltaFile, depths: dict[str, int]) -> int:
+    def _depth(self, file: DeltaFile, depths: dict[str, int], whole: Callable[[bytes], bool]) -> int:
         if file.name not in depths:
-            below = {self._where[base].name: self._where[base] for base in file.bases if base in self._where}
+            bases = [base for base in file.bases if base in self._where and not whole(base)]
+            below = {self._where[base].name: self._where[base] for base in bases}
             below = {name: each for name, each in below.items() if name < file.name}
-            depths[file.name] = 1 + max((self._depth(each, depths) for each in below.values()), default=0)
+            depths[file.name] = 1 + max((self._depth(each, depths, whole) for each in below.values()), default=0)
         return depths[file.name]
 
     def _rebuild(self, wanted: set[bytes]) -> None:

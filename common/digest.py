@@ -12,7 +12,7 @@ demand `proof_of` (`refleet verify --deep`). Leaves make it the same on a GPU, w
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import xxhash
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 LEAF_BYTES = 64 << 10
 
 TENSOR_LABEL = b"refleet tensor 1\0"
+#: as much as is hashed in one go in a thread
+_TASK_BYTES, _TASK_TENSORS = 1 << 20, 256
 
 
 def digest_of(*parts: Buffer) -> bytes:
@@ -97,8 +99,26 @@ def tensor_digest_of(blocks: Iterable[Buffer]) -> bytes:
 
 def matching(tensors: Iterable[Buffer], digests: Iterable[bytes]) -> list[bool]:
     """Which of the tensors have their digest, hashed in threads."""
-    pairs = zip(tensors, digests, strict=True)
-    return list(in_order(lambda pair: tensor_digest(pair[0]) == pair[1], pairs, threads=cores()))
+
+    def right(pairs: list[tuple[Buffer, bytes]]) -> list[bool]:
+        return [tensor_digest(tensor) == digest for tensor, digest in pairs]
+
+    tasks = _worth_a_thread(zip(tensors, digests, strict=True))
+    return [each for found in in_order(right, tasks, threads=cores()) for each in found]
+
+
+def _worth_a_thread(pairs: Iterable[tuple[Buffer, bytes]]) -> Iterator[list[tuple[Buffer, bytes]]]:
+    """Small tensors together: handing one over takes longer than to hash it."""
+    task: list[tuple[Buffer, bytes]] = []
+    size = 0
+    for pair in pairs:
+        task.append(pair)
+        size += memoryview(pair[0]).nbytes
+        if size >= _TASK_BYTES or len(task) == _TASK_TENSORS:
+            yield task
+            task, size = [], 0
+    if task:
+        yield task
 
 
 def fingerprint(manifest: Manifest) -> bytes:

@@ -8,10 +8,14 @@ from contextlib import suppress
 from pathlib import Path
 
 from . import wire
+from .digest import digest_of
 from .errors import LimitExceeded, MalformedRecord, UnknownVersion
 from .limits import LIMITS
 from .records import Unsettled, disk_errors, read_file, remove, sync_path, write_file
 from .types import Manifest
+
+#: tensors in all manifests that stay in memory: 100 MB of them at most
+_REMEMBERED = 1 << 18
 
 
 class Manifests:
@@ -19,13 +23,16 @@ class Manifests:
 
     def __init__(self, folder: Path, *, temp: Path, unsettled: Unsettled):
         self.folder, self._temp, self._unsettled = folder, temp, unsettled
+        # by the digest of their records, oldest first: whoever asks again spares the unpacking, never the checksum
+        self._remembered: dict[bytes, Manifest] = {}
 
     def put(self, manifest: Manifest) -> None:
         """Held from now on, durable once it is settled. Raises: StoreFull, StoreError."""
-        path = self._path(manifest.fingerprint)
-        write_file(path, wire.pack(manifest), temp=self._temp, sync=False)
+        path, data = self._path(manifest.fingerprint), wire.pack(manifest)
+        write_file(path, data, temp=self._temp, sync=False)
         self._unsettled.add(path)
         remove(self._damaged_path(manifest.fingerprint))
+        self._remember(digest_of(data), manifest)
 
     def get(self, fingerprint: bytes) -> Manifest:
         """Raises: UnknownVersion, also for a damaged one, which is then put aside."""
@@ -34,7 +41,7 @@ class Manifests:
         try:
             data = read_file(path)
             if data is not None:
-                manifest = wire.unpack(data, Manifest, max_bytes=LIMITS.index_bytes)
+                manifest = self._unpacked(data)
                 if manifest.fingerprint == fingerprint:
                     return manifest
                 raise MalformedRecord("the manifest of another version")
@@ -76,6 +83,21 @@ class Manifests:
         """Removes what was put aside, but for `keep`; returns the bytes freed."""
         kept = set(keep)
         return sum(remove(p) for p in self.folder.glob("*.damaged") if bytes.fromhex(p.stem) not in kept)
+
+    def _unpacked(self, data: bytes) -> Manifest:
+        """Raises: MalformedRecord, LimitExceeded."""
+        key = digest_of(data)
+        manifest = self._remembered.get(key) or wire.unpack(data, Manifest, max_bytes=LIMITS.index_bytes)
+        self._remember(key, manifest)
+        return manifest
+
+    def _remember(self, key: bytes, manifest: Manifest) -> None:
+        """As the newest."""
+        older = [item for item in self._remembered.items() if item[0] != key]
+        tensors = len(manifest.tensors) + sum(len(each.tensors) for _, each in older)
+        while older and tensors > _REMEMBERED:
+            tensors -= len(older.pop(0)[1].tensors)
+        self._remembered = {**dict(older), key: manifest}  # at once: other threads look into it
 
     def _path(self, fingerprint: bytes) -> Path:
         return self.folder / fingerprint.hex()

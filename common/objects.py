@@ -52,6 +52,10 @@ class Objects:
                 lacking -= self._where.keys()
         return lacking
 
+    def holds(self, digest: bytes) -> bool:
+        """As of the last look at the folder."""
+        return digest in self._where or digest == EMPTY
+
     def read(self, digest: bytes, *, verify: bool) -> memoryview:
         """The object's bytes (see `Pack.read`). Raises: DamagedTensor for missing and damaged ones, StoreError."""
         if digest == EMPTY:

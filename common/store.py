@@ -197,7 +197,8 @@ class Store(NamedRecords):
         Returns the bytes written. Raises: DamagedTensor, StoreFull, StoreError.
         """
         derived = self._objects.lacking(stored_digests(manifest))
-        if self._derived.depth(derived) < every and not self._derived.on_nothing(derived):
+        depth = self._derived.depth(derived, whole=self._objects.holds)
+        if depth < every and not self._derived.on_nothing(derived):
             return 0
         written = 0
         with self.memory.pinned(manifest.digests), self.batch() as batch:
@@ -287,7 +288,7 @@ class Store(NamedRecords):
             live, unreadable = self._manifests.live(kept)
             freed_bytes += freed + self._manifests.drop_damaged(unreadable)
             if not unreadable:
-                needed, files = self._derived.needs(live, whole=lambda digest: not self._objects.lacking((digest,)))
+                needed, files = self._derived.needs(live, whole=self._objects.holds)
                 freed_bytes += self._derived.retain(files)
                 freed_bytes += retain(self._objects, needed)
             return Collected(removed, freed_bytes, tuple(sorted(unreadable)))

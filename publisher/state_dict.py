@@ -93,20 +93,15 @@ def _mark(tensor: torch.Tensor) -> tuple[object, ...]:
 
     version = None if tensor.is_inference() else tensor._version
     layout = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.device)
-    if tensor.numel() == 0:
-        return (version, layout)
+    if tensor.numel() <= SAMPLE_ELEMENTS:
+        return (version, layout, digest_of(tensor_bytes(tensor)))
     positions = tuple(torch.from_numpy(axis).to(tensor.device) for axis in _positions(tuple(tensor.shape)))
-    bits = bits_of(tensor)
-    sample = bits[positions] if positions else bits
-    return (version, layout, digest_of(tensor_bytes(sample)))
+    return (version, layout, digest_of(tensor_bytes(bits_of(tensor)[positions])))
 
 
 @lru_cache(maxsize=256)  # a model has few different shapes
 def _positions(shape: tuple[int, ...]) -> tuple[NDArray[np.int64], ...]:
-    """Up to SAMPLE_ELEMENTS positions in a tensor, as one array per axis; all of a small one, always the same."""
+    """SAMPLE_ELEMENTS positions in a tensor, as one array per axis, always the same."""
     count = int(np.prod(shape, dtype=np.int64))
-    if count <= SAMPLE_ELEMENTS:
-        flat = np.arange(count)
-    else:
-        flat = np.random.default_rng(0).integers(count, size=SAMPLE_ELEMENTS)
-    return tuple(axis.astype(np.int64) for axis in np.unravel_index(flat, shape)) if shape else ()
+    flat = np.random.default_rng(0).integers(count, size=SAMPLE_ELEMENTS)
+    return tuple(axis.astype(np.int64) for axis in np.unravel_index(flat, shape))

@@ -91,6 +91,7 @@ def _read_acks(stream: Stream, release: Release, now: Fleet, progress: Progress,
             progress.cursors[worker.id] = acks[0][0] if acks else "0-0"
             for _, data in reversed(acks):
                 _note(release, worker.id, data, progress)
+            block_s = 0.0  # who acknowledged before this wait began is not waited for
     if not progress.cursors:
         time.sleep(block_s)
     for worker_id, entries in stream.acks(progress.cursors, block_s=block_s).items():

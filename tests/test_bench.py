@@ -56,6 +56,19 @@ def test_publish_to_served_names_the_peers_and_pictures_that_it_can_not_have(
     assert ("no plot: " in text) == (importlib.util.find_spec("matplotlib") is None)
 
 
+def test_pictures_are_drawn_or_say_what_is_missing(served: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
+    file, picture = tmp_path / "found.json", tmp_path / "found.png"
+    file.write_text(json.dumps(served[1]))
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "served_plot.py", file, picture], capture_output=True, text=True
+    )
+    if importlib.util.find_spec("matplotlib"):
+        assert done.returncode == 0, done.stderr
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    else:
+        assert (done.returncode, done.stdout) == (1, "no plot: No module named 'matplotlib'\n")
+
+
 def test_a_timeline_is_in_order_and_ends_when_the_fleet_serves(served: tuple[str, dict[str, Any]]) -> None:
     _, found = served
     for row in found["rows"]:

@@ -15,6 +15,7 @@ from refleet.common.delta import Encoder, Input, plan
 from refleet.common.deltas import DeltaFile, StoredDelta
 from refleet.common.digest import tensor_digest
 from refleet.common.errors import DamagedTensor, MalformedRecord
+from refleet.common.folder_stamp import FolderStamp
 from refleet.common.layout import in_body_order
 from refleet.common.memory import POOLED_BYTES, Memory
 from refleet.common.store import Store
@@ -139,6 +140,14 @@ def test_an_anchor_ends_the_chain_and_lets_what_it_replaces_go(store: Store) -> 
     assert_holds(store, versions[-1])
     for tensors in versions[:-1]:
         assert store.missing(manifest_of(tensors))
+
+
+def test_a_step_after_an_anchor_is_one_step_away_before_anything_went(store: Store) -> None:
+    versions = chain(store, 9)
+    assert store.anchor(manifest_of(versions[-1]), every=3) > 0
+    after = put_delta(store, versions[-1], stepped(versions[-1], 99))
+    assert store.anchor(after, every=2) == 0
+    assert store.anchor(after, every=1) > 0
 
 
 def test_retention_keeps_what_a_kept_version_is_rebuilt_from(store: Store) -> None:
@@ -318,3 +327,24 @@ def test_a_version_that_another_process_anchored_meanwhile_is_read_from_there(st
         store.collect([last.fingerprint])
         assert delta_files(store) == []
         assert_holds(other, versions[-1])
+
+
+def test_a_collect_looks_at_its_folders_and_not_for_every_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[Path] = []
+    changed = FolderStamp.changed
+
+    def counted(stamp: FolderStamp) -> bool:
+        looks.append(stamp._folder)
+        return changed(stamp)
+
+    with Store(tmp_path / "store") as store:
+        first = {f"layer.{n}": np.arange(8, dtype=np.uint16) + n for n in range(100)}
+        second = {name: values ^ 1 for name, values in first.items()}
+        put_whole(store, first)
+        kept = put_delta(store, first, second)
+        monkeypatch.setattr(FolderStamp, "changed", counted)
+        store.collect({kept.fingerprint})
+        assert len(looks) < 20
+        assert_holds(store, second)

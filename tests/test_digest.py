@@ -1,11 +1,14 @@
 """Digests: what they are made of, and what they notice."""
 
 import struct
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import xxhash
 from blake3 import blake3
+from refleet.common import digest
 from refleet.common.digest import LEAF_BYTES, digest_of, matching, tensor_digest, tensor_digest_of
 
 SIZES = [0, 1, 16, 240, 241, LEAF_BYTES - 1, LEAF_BYTES, LEAF_BYTES + 1, 5 * LEAF_BYTES, 5 * LEAF_BYTES + 77]
@@ -68,6 +71,23 @@ def test_tensors_of_any_shape_and_strides_of_their_buffers_are_matched_in_order(
     digests = [tensor_digest(tensor) for tensor in tensors]
     assert matching(tensors, digests) == [True, True, True]
     assert matching(tensors, [digests[0], digests[2], digests[2]]) == [True, False, True]
+
+
+def test_many_small_tensors_are_hashed_in_few_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks: list[int] = []
+
+    def counted(task: Callable[[Any], Any], items: Iterable[Any], *, threads: int) -> Iterator[Any]:
+        for item in items:
+            tasks.append(len(item))
+            yield task(item)
+
+    monkeypatch.setattr(digest, "in_order", counted)
+    tensors = [n.to_bytes(4, "little") for n in range(1000)] + [bytes(3 << 20), b"after"]
+    digests = [tensor_digest(tensor) for tensor in tensors]
+    digests[777] = digests[776]
+    assert matching(tensors, digests) == [n != 777 for n in range(1002)]
+    assert sum(tasks) == 1002
+    assert len(tasks) < 10
 
 
 def test_a_blake3_digest_is_of_the_concatenated_bytes() -> None:

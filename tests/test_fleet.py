@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from refleet.common.messages import Evidence
+from stored import packs
 from world import World, checkpoint, holds, served
 
 Until = Callable[..., None]
@@ -42,6 +43,39 @@ def test_an_ack_claims_each_step_of_the_ladder_once_and_in_order(world: World) -
     assert acks[-1].fingerprint == published.release.fingerprint
     assert acks[-1].payload_bytes == published.release.payload_bytes
     assert {"stage", "apply", "read_back", "probe", "persist", "pause"} <= acks[-1].timings_ms.keys()
+
+
+def test_a_tensor_that_returns_to_an_earlier_value_does_not_make_a_step_cost_the_disk_a_whole_version(
+    small_world: World, until: Until
+) -> None:
+    worker, publisher = small_world.worker(keep=4), small_world.publisher()
+    states = [checkpoint(1)]
+    states += [checkpoint(seed, change=0.01, base=states[0]) for seed in (2, 3)]
+    states[1]["steps"], states[2]["steps"] = states[0]["steps"] + 1, states[0]["steps"]
+    publisher.publish(states[0]).wait(workers=1)
+    until(lambda: packs(worker.store) and not worker._pursuit.upkeep.busy, "the version is written whole")
+    for state in states[1:]:
+        publisher.publish(state).wait(workers=1)
+        assert holds(worker, state)
+    assert len(packs(worker.store)) == 1
+
+
+def test_a_fleet_that_serves_already_is_not_waited_for(
+    world: World, until: Until, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, publisher = world.worker(), world.publisher()
+    published = publisher.publish(checkpoint(1), version="v1")
+    until(lambda: world.acks("w0")[-1:] and world.acks("w0")[-1].evidence == Evidence.SERVING, "w0 said SERVING")
+    waits: list[float] = []
+    acks = publisher.stream.acks
+
+    def noted(after: dict[str, str], *, block_s: float) -> dict[str, list[tuple[str, bytes]]]:
+        waits.append(block_s)
+        return acks(after, block_s=block_s)
+
+    monkeypatch.setattr(publisher.stream, "acks", noted)
+    assert published.wait(workers=1).keys() == {worker.id}
+    assert waits == [0]
 
 
 def test_rollback_is_a_newer_release_of_the_same_content_without_payload(world: World) -> None:

@@ -135,11 +135,14 @@ def test_what_is_no_tensor_is_refused_by_name() -> None:
         open_checkpoint({3: torch.ones(1)})  # type: ignore[dict-item]
 
 
-def test_a_tensor_whose_bytes_can_not_be_had_is_named_when_it_is_read() -> None:
-    with open_checkpoint({"lazy zero": torch._efficientzerotensor((3,))}) as checkpoint:
-        with pytest.raises(UnreadableCheckpoint, match=r"'lazy zero'.*ZeroTensor") as caught:
-            read(checkpoint)
-        assert caught.value.tensor == "lazy zero"
+@pytest.mark.parametrize("elements", [3, 3000])  # the small one is read whole to mark it
+def test_a_tensor_whose_bytes_can_not_be_had_is_named(elements: int) -> None:
+    with (
+        pytest.raises(UnreadableCheckpoint, match=r"'lazy zero'.*ZeroTensor") as caught,
+        open_checkpoint({"lazy zero": torch._efficientzerotensor((elements,))}) as checkpoint,
+    ):
+        read(checkpoint)
+    assert caught.value.tensor == "lazy zero"
 
 
 def test_an_empty_or_oversized_state_dict_is_refused() -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from refleet.common import manifests, wire
 from refleet.common.digest import digest_of, tensor_digest
 from refleet.common.errors import DamagedTensor, DigestMismatch, MalformedRecord, UnknownVersion
 from refleet.common.store import Store
@@ -246,3 +248,30 @@ def test_a_store_of_another_format_is_refused(store: Store) -> None:
     (store.root / "id").write_bytes(digest_of(data) + data)
     with pytest.raises(MalformedRecord, match="another format"):
         Store(store.root)
+
+
+def test_a_manifest_that_is_asked_for_again_is_not_unpacked_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = put(store, version(1))
+    there = reopened(store)
+    unpacked: list[int] = []
+    unpack = wire.unpack
+
+    def counted(data: bytes, *rest: Any, **more: Any) -> Any:
+        unpacked.append(len(data))
+        return unpack(data, *rest, **more)
+
+    monkeypatch.setattr(wire, "unpack", counted)
+    for each, times in ((store, 0), (there, 1)):  # it was put by one, and is read by the other
+        unpacked.clear()
+        assert each.manifest(here.fingerprint) is each.manifest(here.fingerprint)
+        assert len(unpacked) == times
+
+
+def test_only_so_many_tensors_of_manifests_stay_in_memory(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifests, "_REMEMBERED", 3 * len(version(1)))
+    held = [put(store, version(number)) for number in range(5)]
+    again = [store.manifest(manifest.fingerprint) is manifest for manifest in reversed(held)]
+    assert again == [True, True, True, False, False]
+    assert store.manifest(held[0].fingerprint) == held[0]

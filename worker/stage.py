@@ -27,6 +27,8 @@ from .early import Arrival
 from .receive import Body, fetch_index
 from .state import damaged
 
+#: where less than this share of a payload's body is lacking here (bit rot), only that is fetched, and written whole
+_PART = 0.5
 #: a block, and its encoded bytes
 Encoded = tuple[Placed, bytearray]
 
@@ -62,8 +64,9 @@ def stage(
     if lost:
         raise StreamGap(f"payload {ref.payload_id} does not carry {len(lost)} tensors that are missing here")
     places = list(placed((tensor.spec.size_bytes for tensor in order), index.blocks))
-    partly = not order or wanted != carried
-    needed = [p for p in places if not partly or any(order[span.number].digest in wanted for span in p.spans)]
+    needed = [p for p in places if any(order[span.number].digest in wanted for span in p.spans)]
+    partly = not order or _encoded_bytes(needed) < _encoded_bytes(places) * _PART
+    needed = needed if partly else places
     numbers = chunks_of(needed, index.chunk_bytes)
     expected = sum(min(index.chunk_bytes, index.body_bytes - n * index.chunk_bytes) for n in numbers) + ref.index_bytes
     received = ref.index_bytes
@@ -98,6 +101,10 @@ def stage(
         store.memory.put({tensor.digest: data for tensor, data in zip(order, found, strict=True)})
         store.put_manifest(manifest)
     return manifest
+
+
+def _encoded_bytes(places: list[Placed]) -> int:
+    return sum(place.block.encoded_bytes for place in places)
 
 
 class _Bases:
