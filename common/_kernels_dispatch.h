@@ -13,7 +13,7 @@
 
 #if REFLEET_X86
 #define AVX2_TARGET "avx2,bmi,bmi2,lzcnt,popcnt"
-#define AVX512_TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx2,bmi,bmi2,lzcnt,popcnt"
+#define AVX512_TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx512vpopcntdq,avx512vbmi2,avx2,bmi,bmi2,lzcnt,popcnt"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target(AVX2_TARGET))), apply_to = function)
@@ -32,7 +32,7 @@
 #else
 #pragma GCC pop_options
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,bmi,bmi2,lzcnt,popcnt")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vpopcntdq,avx512vbmi2,avx2,bmi,bmi2,lzcnt,popcnt")
 #endif
 #define LEVEL AVX512
 #define LNAME(x) x##_avx512
@@ -77,7 +77,8 @@ static int level_runs(unsigned level) {
     if (level == AVX2) return avx2;
     if (level == AVX512)
         return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+               __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("avx512vbmi2");
 #endif
     return 1;
 }

@@ -1,11 +1,20 @@
 /* All kernels of one instruction set. Expects LEVEL and LNAME(x) (a name with the level's suffix). */
 
 #if LEVEL > SCALAR
-/* Classes of the 64 keys of a tile, and their 4 bits as planes. */
-static inline __attribute__((always_inline)) void LNAME(classify)(const uint8_t *keys, const classifier *by,
+/* The keys of a tile; in a register where its vectors make them: what is written in parts and read at once waits. */
+typedef union {
+    uint8_t of[TILE];
+    __m256i half[2];
+#if LEVEL == AVX512
+    __m512i all;
+#endif
+} LNAME(keys);
+
+/* Classes of the keys of a tile, and their 4 bits as planes. */
+static inline __attribute__((always_inline)) void LNAME(classify)(const LNAME(keys) *keys, const classifier *by,
                                                                   uint8_t *classes, uint64_t planes[4]) {
 #if LEVEL == AVX512
-    __m512i all = _mm512_loadu_si512(keys), found;
+    __m512i all = keys->all, found;
     if (by->low) {
         __m512i near = _mm512_min_epu8(_mm512_subs_epu8(all, _mm512_set1_epi8((char)by->low)), _mm512_set1_epi8(15));
         found = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)by->near)), near);
@@ -19,7 +28,7 @@ static inline __attribute__((always_inline)) void LNAME(classify)(const uint8_t 
     _mm512_storeu_si512(classes, found);
     for (int bit = 0; bit < 4; bit++) planes[bit] = _mm512_test_epi8_mask(found, _mm512_set1_epi8((char)(1 << bit)));
 #else
-    __m256i low = _mm256_loadu_si256((const __m256i *)keys), high = _mm256_loadu_si256((const __m256i *)(keys + 32));
+    __m256i low = keys->half[0], high = keys->half[1];
     if (by->low) {
         const __m256i from = _mm256_set1_epi8((char)by->low), last = _mm256_set1_epi8(15);
         const __m256i near = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)by->near));
@@ -47,10 +56,72 @@ static inline __attribute__((always_inline)) void LNAME(classify)(const uint8_t 
 #endif
 }
 
+/* Writes where a mask has bits, from `first` on, and more behind that; returns how many there are. */
+static inline __attribute__((always_inline)) size_t LNAME(places_of)(uint64_t mask, unsigned first, uint16_t *places) {
+    size_t number = (size_t)__builtin_popcountll(mask);
+#if LEVEL == AVX512
+    static const uint8_t each[TILE] = {
+        0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
+        22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43,
+        44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
+    __m512i found = _mm512_maskz_compress_epi8(mask, _mm512_loadu_si512(each)), from = _mm512_set1_epi16((short)first);
+    _mm512_storeu_si512(places, _mm512_add_epi16(from, _mm512_cvtepu8_epi16(_mm512_castsi512_si256(found))));
+    if (number > 32)
+        _mm512_storeu_si512(places + 32,
+                            _mm512_add_epi16(from, _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(found, 1))));
+#else
+    size_t written = 0;
+    do { /* 4 at a time: no branch depends on where they are */
+        for (unsigned k = 0; k < 4; k++) {
+            places[written + k] = (uint16_t)(first + (unsigned)_tzcnt_u64(mask));
+            mask &= mask - 1;
+        }
+        written += 4;
+    } while (written < number);
+#endif
+    return number;
+}
+
 static inline __attribute__((always_inline)) uint64_t LNAME(members)(const uint64_t planes[4], const classifier *by,
                                                                       unsigned class) {
     const uint64_t *flips = by->flips[class];
     return (planes[0] ^ flips[0]) & (planes[1] ^ flips[1]) & (planes[2] ^ flips[2]) & (planes[3] ^ flips[3]);
+}
+#endif
+
+#if LEVEL == AVX512
+/* How many elements of each class are in the tiles so far: 16 sums, 8 in a register. */
+typedef struct {
+    __m512i flips[4][2], sums[2];
+} LNAME(counter);
+
+static inline void LNAME(make_counter)(LNAME(counter) *counter, const classifier *by) {
+    for (unsigned bit = 0; bit < 4; bit++) {
+        uint64_t flips[CLASSES_MAX];
+        for (unsigned class = 0; class < CLASSES_MAX; class++) flips[class] = by->flips[class][bit];
+        counter->flips[bit][0] = _mm512_loadu_si512(flips);
+        counter->flips[bit][1] = _mm512_loadu_si512(flips + 8);
+    }
+    counter->sums[0] = counter->sums[1] = _mm512_setzero_si512();
+}
+
+static inline __attribute__((always_inline)) void LNAME(put_sums)(const LNAME(counter) *counter, uint16_t *row) {
+    _mm_storeu_si128((__m128i *)row, _mm512_cvtepi64_epi16(counter->sums[0]));
+    _mm_storeu_si128((__m128i *)(row + 8), _mm512_cvtepi64_epi16(counter->sums[1]));
+}
+
+/* Counts another tile; of more than 8 classes only if there are. */
+static inline __attribute__((always_inline)) void LNAME(count_tile)(LNAME(counter) *counter, const uint64_t planes[4],
+                                                                    const unsigned halves) {
+    __m512i bits[4];
+    for (unsigned bit = 0; bit < 4; bit++) bits[bit] = _mm512_set1_epi64((long long)planes[bit]);
+    for (unsigned half = 0; half < halves; half++) { /* 0x28: (a ^ b) & c */
+        __m512i members = _mm512_xor_si512(bits[3], counter->flips[3][half]);
+        members = _mm512_ternarylogic_epi64(bits[2], counter->flips[2][half], members, 0x28);
+        members = _mm512_ternarylogic_epi64(bits[1], counter->flips[1][half], members, 0x28);
+        members = _mm512_ternarylogic_epi64(bits[0], counter->flips[0][half], members, 0x28);
+        counter->sums[half] = _mm512_add_epi64(counter->sums[half], _mm512_popcnt_epi64(members));
+    }
 }
 #endif
 

@@ -53,15 +53,14 @@ HOT UINT NAME(step)(UINT after, UINT before, int is_float) {
 #define PREFETCH(at) (__builtin_prefetch((at) + 2048), __builtin_prefetch((at) + 2048 + 64))
 #if LEVEL > SCALAR
 /* Keys of a tile of the base, and the mask of elements that differ (0 where `new` is NULL). */
-HOT uint64_t NAME(tile)(const uint8_t *base, const uint8_t *new, unsigned mantissa, uint8_t keys[TILE]) {
+HOT uint64_t NAME(tile)(const uint8_t *base, const uint8_t *new, unsigned mantissa, LNAME(keys) *tile) {
 #if BITS == 16 && LEVEL == AVX512
     __m512i low = _mm512_loadu_si512(base), high = _mm512_loadu_si512(base + 64);
     const __m512i mask = _mm512_set1_epi16((short)(mantissa ? 0x7FFF >> mantissa : 0));
     const __m128i by = _mm_cvtsi32_si128((int)mantissa);
     __m256i low_keys = _mm512_cvtepi16_epi8(_mm512_and_si512(_mm512_srl_epi16(low, by), mask));
     __m256i high_keys = _mm512_cvtepi16_epi8(_mm512_and_si512(_mm512_srl_epi16(high, by), mask));
-    _mm256_storeu_si256((__m256i *)keys, low_keys);
-    _mm256_storeu_si256((__m256i *)(keys + 32), high_keys);
+    tile->all = _mm512_inserti64x4(_mm512_castsi256_si512(low_keys), high_keys, 1);
     if (!new) return 0;
     return (uint64_t)_mm512_cmpneq_epi16_mask(low, _mm512_loadu_si512(new)) |
            (uint64_t)_mm512_cmpneq_epi16_mask(high, _mm512_loadu_si512(new + 64)) << 32;
@@ -74,7 +73,7 @@ HOT uint64_t NAME(tile)(const uint8_t *base, const uint8_t *new, unsigned mantis
         __m256i low = _mm256_loadu_si256(at), high = _mm256_loadu_si256(at + 1);
         __m256i packed = _mm256_packus_epi16(_mm256_and_si256(_mm256_srl_epi16(low, by), mask),
                                              _mm256_and_si256(_mm256_srl_epi16(high, by), mask));
-        _mm256_storeu_si256((__m256i *)(keys + 32 * half), _mm256_permute4x64_epi64(packed, 0xD8));
+        tile->half[half] = _mm256_permute4x64_epi64(packed, 0xD8);
         if (new) {
             const __m256i *with = (const __m256i *)(new + 64 * half);
             __m256i same = _mm256_packs_epi16(_mm256_cmpeq_epi16(low, _mm256_loadu_si256(with)),
@@ -87,7 +86,7 @@ HOT uint64_t NAME(tile)(const uint8_t *base, const uint8_t *new, unsigned mantis
     UINT before[TILE], after[TILE];
     uint8_t other[TILE];
     memcpy(before, base, sizeof before);
-    for (int n = 0; n < TILE; n++) keys[n] = NAME(key)(before[n], mantissa);
+    for (int n = 0; n < TILE; n++) tile->of[n] = NAME(key)(before[n], mantissa);
     if (!new) return 0;
     memcpy(after, new, sizeof after);
     for (int n = 0; n < TILE; n++) other[n] = before[n] != after[n] ? 0xFF : 0;
@@ -100,27 +99,46 @@ HOT uint64_t NAME(tile)(const uint8_t *base, const uint8_t *new, unsigned mantis
 
 #if LEVEL > SCALAR
 /* The tiles of a strip of the base: classes of the elements, as bytes and as bit planes of a tile; before[c][tile]: how
-   many elements of class c are in the tiles before. */
+   many elements of class c are in the tiles before; rows: the same by tile, which is how AVX-512 makes it. */
 typedef struct {
     uint64_t planes[STRIP / TILE][4];
     uint16_t before[CLASSES_MAX][STRIP / TILE + 1];
+#if LEVEL == AVX512
+    uint16_t rows[STRIP / TILE + 1][CLASSES_MAX];
+#endif
     uint64_t differ[STRIP / TILE];
     uint8_t classes[STRIP];
 } NAME(strip);
 
+#if LEVEL == AVX512
+#define BEFORE(strip, class, tile) (strip).rows[tile][class]
+#else
+#define BEFORE(strip, class, tile) (strip).before[class][tile]
+#endif
+
 HOT void NAME(look_by)(NAME(strip) *strip, const uint8_t *base, const uint8_t *new, unsigned mantissa,
                        const classifier *by, const unsigned count) {
+    LNAME(keys) keys;
+#if LEVEL == AVX512
+    LNAME(counter) counter;
+    LNAME(make_counter)(&counter, by);
+#else
     uint32_t before[CLASSES_MAX] = {0};
-    uint8_t keys[TILE];
+#endif
     for (unsigned tile = 0; tile < STRIP / TILE; tile++) {
         const size_t at = tile * TILE * WIDTH;
         PREFETCH(base + at);
         if (new) PREFETCH(new + at);
-        strip->differ[tile] = NAME(tile)(base + at, new ? new + at : NULL, mantissa, keys);
+        strip->differ[tile] = NAME(tile)(base + at, new ? new + at : NULL, mantissa, &keys);
         if (count == 0) continue; /* one class: its elements are all, the caller knows how many */
-        uint64_t planes[4], low[4], high[4];
-        LNAME(classify)(keys, by, strip->classes + tile * TILE, planes);
+        uint64_t planes[4];
+        LNAME(classify)(&keys, by, strip->classes + tile * TILE, planes);
         memcpy(strip->planes[tile], planes, sizeof planes);
+#if LEVEL == AVX512
+        LNAME(put_sums)(&counter, strip->rows[tile]);
+        LNAME(count_tile)(&counter, planes, count < 8 ? 1 : 2);
+#else
+        uint64_t low[4], high[4];
         for (unsigned n = 0; n < 4; n++) {
             low[n] = (n & 1 ? planes[0] : ~planes[0]) & (n & 2 ? planes[1] : ~planes[1]);
             high[n] = (n & 1 ? planes[2] : ~planes[2]) & (n & 2 ? planes[3] : ~planes[3]);
@@ -129,9 +147,16 @@ HOT void NAME(look_by)(NAME(strip) *strip, const uint8_t *base, const uint8_t *n
             strip->before[class][tile] = (uint16_t)before[class];
             before[class] += (uint32_t)__builtin_popcountll(low[class & 3] & high[class >> 2]);
         }
+#endif
     }
+#if LEVEL == AVX512
+    LNAME(put_sums)(&counter, strip->rows[STRIP / TILE]);
+    for (unsigned class = 0; !new && class <= count; class++)
+        for (unsigned tile = 0; tile <= STRIP / TILE; tile++) strip->before[class][tile] = strip->rows[tile][class];
+#else
     for (unsigned class = 0; class <= count; class++) strip->before[class][STRIP / TILE] = (uint16_t)before[class];
-    if (count == 0) strip->before[0][STRIP / TILE] = STRIP;
+#endif
+    if (count == 0) BEFORE(*strip, 0, STRIP / TILE) = strip->before[0][STRIP / TILE] = STRIP;
 }
 
 /* The usual counts of thresholds as constants: loops over them are unrolled, and counters stay in registers. */
@@ -176,24 +201,13 @@ static int NAME(extract)(const uint8_t *new, const uint8_t *base, size_t element
     if (!count) mantissa = 0; /* one class: keys don't matter */
 #if LEVEL > SCALAR
     NAME(strip) strip;
-    uint16_t places[STRIP + 8];
+    uint16_t places[STRIP + TILE];
     for (; elements - n >= STRIP; n += STRIP) {
         const uint8_t *after = new + n * WIDTH, *before = base + n * WIDTH;
         NAME(look)(&strip, before, after, mantissa, &by);
         size_t found = 0;
-        for (unsigned tile = 0; tile < STRIP / TILE; tile++) { /* 4 at a time: no branch depends on where they are */
-            uint64_t differ = strip.differ[tile];
-            size_t number = (size_t)__builtin_popcountll(differ);
-            size_t written = 0;
-            do {
-                for (unsigned k = 0; k < 4; k++) {
-                    places[found + written + k] = (uint16_t)(tile * TILE + (unsigned)_tzcnt_u64(differ));
-                    differ &= differ - 1;
-                }
-                written += 4;
-            } while (written < number);
-            found += number;
-        }
+        for (unsigned tile = 0; tile < STRIP / TILE; tile++)
+            found += LNAME(places_of)(strip.differ[tile], tile * TILE, places + found);
         list->count += found;
         if (list->count > list->limit) return TOO_MANY;
         for (unsigned class = 0; class <= count && found; class++)
@@ -217,7 +231,7 @@ static int NAME(extract)(const uint8_t *new, const uint8_t *base, size_t element
         for (size_t k = 0; k < found && count; k++) {
             unsigned place = places[k], tile = place / TILE, class = strip.classes[place];
             uint64_t below = LNAME(members)(strip.planes[tile], &by, class) & (((uint64_t)1 << place % TILE) - 1);
-            uint64_t rank = strip.before[class][tile] + (uint64_t)__builtin_popcountll(below);
+            uint64_t rank = BEFORE(strip, class, tile) + (uint64_t)__builtin_popcountll(below);
             uint64_t gap = rank - last[class];
             last[class] = rank + 1;
             size_t number = counts[class]++;
@@ -228,7 +242,7 @@ static int NAME(extract)(const uint8_t *new, const uint8_t *base, size_t element
             list->of[class].count = counts[class];
             run[class] = 0 - last[class];
         }
-        for (unsigned class = 0; class <= count; class++) run[class] += strip.before[class][STRIP / TILE];
+        for (unsigned class = 0; class <= count; class++) run[class] += BEFORE(strip, class, STRIP / TILE);
     }
 #endif
     for (; n < elements; n++) {
@@ -389,6 +403,7 @@ static void NAME(from_planes)(const uint8_t *const *planes, const uint8_t *base,
     }
 }
 
+#undef BEFORE
 #undef GLUE_
 #undef GLUE
 #undef UINT
