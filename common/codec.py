@@ -10,6 +10,7 @@ several threads at once.
     sparse  changed elements relative to the base, by class of their exponent      sparse.py
     dense   byte planes of the differences to the base                             planes.py
     split   byte planes, the exponent by itself                                    planes.py
+    lowrank factors of the difference to the base, and what they miss              lowrank.py
     zstd    byte planes                                                            planes.py
 """
 
@@ -23,8 +24,10 @@ from . import kernels
 from .errors import MalformedRecord
 from .kernels_types import KINDS, PLAIN, ROTATED, STEPPED, Bytes, Kind
 from .limits import KIB
+from .lowrank import Factors, pack_factors, predict, unpack_factors
 from .planes import Planes
 from .sparse import Sparse, is_unchanged, sampled
+from .varint import Reader
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -93,12 +96,36 @@ class Same:
             out[:] = base
 
 
-_RAW, _SAME, _SPARSE = Raw(), Same(), Sparse()
+class Lowrank:
+    """The codec `lowrank`: factors, the codec of what they miss (u8), and that. Only where factors are known."""
+
+    id = 7
+    name = "lowrank"
+
+    def encode(self, new: Bytes, base: Bytes | None, *, dtype: str) -> None:
+        """None: the factors are not in the bytes. See `encode_factored`."""
+
+    def decode(self, encoded: Buffer, out: Bytes, base: Bytes | None, *, dtype: str) -> None:
+        """Predicts, and puts right. Raises: MalformedRecord, LimitExceeded."""
+        if base is None or base.size != out.size:
+            raise MalformedRecord("a lowrank block without a base of its size")
+        reader = Reader(memoryview(encoded).cast("B"), self.name)
+        factors = unpack_factors(reader, size_bytes=out.size, dtype=dtype)
+        number = reader.byte()
+        if number == self.id:  # a chain of them would take time without end
+            raise MalformedRecord("a lowrank block in a lowrank block")
+        rest = reader.rest()
+        out[:] = predict(base, factors, dtype=dtype)
+        decode_block(number, rest, out, out, dtype=dtype)
+
+
+_RAW, _SAME, _SPARSE, _LOWRANK = Raw(), Same(), Sparse(), Lowrank()
 _ZSTD, _DENSE, _SPLIT = Planes(1, "zstd", PLAIN), Planes(5, "dense", STEPPED), Planes(6, "split", ROTATED)
 RAW, ZSTD, SAME, SPARSE, DENSE, SPLIT = _RAW.id, _ZSTD.id, _SAME.id, _SPARSE.id, _DENSE.id, _SPLIT.id
+LOWRANK = _LOWRANK.id
 #: codec id on the wire -> codec; 2 was an earlier layout of `sparse`
-CODECS: dict[int, Codec] = {c.id: c for c in (_RAW, _ZSTD, _SAME, _SPARSE, _DENSE, _SPLIT)}
-_WITH_BASE = frozenset({SAME, SPARSE, DENSE})
+CODECS: dict[int, Codec] = {c.id: c for c in (_RAW, _ZSTD, _SAME, _SPARSE, _DENSE, _SPLIT, _LOWRANK)}
+_WITH_BASE = frozenset({SAME, SPARSE, DENSE, LOWRANK})
 
 
 def needs_base(codec_id: int) -> bool:
@@ -128,6 +155,20 @@ def encode_block(new: Bytes, base: Bytes | None, *, dtype: str) -> tuple[int, Bu
                 return SPARSE, tried
     found = _best(new, base, dtype, tried)
     return found if found is not None else (RAW, new.data)
+
+
+def encode_factored(new: Bytes, base: Bytes, factors: Factors, *, dtype: str) -> tuple[int, Buffer]:
+    """Codec id and bytes of `new`, which is about `base + scale * B A`: never more than `encode_block` makes of it.
+
+    Raises: ValueError for factors of another size than the block's.
+    """
+    predicted = predict(base, factors, dtype=dtype)
+    number, rest = encode_block(new, predicted, dtype=dtype)
+    encoded = pack_factors(factors) + bytes([number]) + memoryview(rest).tobytes()
+    if 2 * len(encoded) < new.size * SPARSE_SHARE:  # hardly anything does better
+        return LOWRANK, encoded
+    plain = encode_block(new, base, dtype=dtype)
+    return (LOWRANK, encoded) if len(encoded) < memoryview(plain[1]).nbytes else plain
 
 
 def _sparse_share(kind: Kind) -> float:

@@ -6,7 +6,7 @@ plan -> blocks (layout.py, codec.py, in threads) -> body -> chunks of LIMITS.chu
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +16,7 @@ from .digest import digest_of
 from .errors import MalformedRecord, WrongBase
 from .layout import Bytes, Span, gathered
 from .limits import LIMITS
+from .lowrank import Factors
 from .threads import cores, in_order
 from .types import Block, DeltaTensor, Index, Manifest, TensorEntry
 
@@ -55,12 +56,16 @@ def removed(target: Manifest, base: Manifest | None) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """A carried tensor's bytes, and those of the base that it is relative to; `number`: its position in the base."""
+    """A carried tensor's bytes, and those of the base that it is relative to.
+
+    `number`: its position in the base; `factors`: the tensor is about the base plus their product.
+    """
 
     dtype: str
     new: Bytes
     base: Bytes | None
     number: int = 0
+    factors: Factors | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +128,12 @@ class Encoder:
             return _Task(inputs[0].dtype, tuple(inputs), tuple(spans))
 
         for each in self._inputs:
+            if each.factors is not None and each.base is not None:
+                if inputs:
+                    yield taken()
+                    inputs, spans, filled = [], [], 0
+                yield from _by_rows(each, each.factors)
+                continue
             if inputs and (inputs[0].dtype, inputs[0].base is None) != (each.dtype, each.base is None):
                 yield taken()
                 inputs, spans, filled = [], [], 0
@@ -139,12 +150,26 @@ class Encoder:
             yield taken()
 
 
+def _by_rows(each: Input, factors: Factors) -> Iterator[_Task]:
+    """Blocks of whole rows."""
+    row_bytes = each.new.size // factors.rows
+    rows = LIMITS.block_bytes // row_bytes
+    for first in range(0, factors.rows, rows):
+        last = min(first + rows, factors.rows)
+        piece = replace(each, factors=factors.of_rows(first, last))
+        yield _Task(each.dtype, (piece,), (Span(0, first * row_bytes, (last - first) * row_bytes),))
+
+
 def _encode(task: _Task) -> tuple[Block, tuple[bytes, Buffer]]:
     new = gathered(task.spans, lambda number: task.inputs[number].new, which=0)
     base = None
     if task.inputs[0].base is not None:
         base = gathered(task.spans, lambda number: _base(task.inputs[number]), which=1)
-    codec_id, encoded = codec.encode_block(new, base, dtype=task.dtype)
+    factors = task.inputs[0].factors
+    if factors is not None and base is not None:
+        codec_id, encoded = codec.encode_factored(new, base, factors, dtype=task.dtype)
+    else:
+        codec_id, encoded = codec.encode_block(new, base, dtype=task.dtype)
     if codec_id == codec.RAW and len(task.spans) > 1:  # a view of this thread's scratch
         encoded = bytes(encoded)
     numbers = [] if base is None else [found.number for found in task.inputs]

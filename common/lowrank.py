@@ -2,11 +2,10 @@
 
 A merged adapter changes every element of a matrix, but all of the change is in two small factors: both sides compute
 `W0 + scale * B A` in one fixed order of single roundings, which gives the same bits on every machine, and the
-difference to the true tensor goes through the block codecs: a handful of steps per million elements, because
-trainers add in an order of their own. The receiver has to keep W0 for the next update. Layout:
+difference to the true tensor goes through another codec: a handful of steps per million elements, because trainers add
+in an order of their own. W0 is the version before any adapter. Layout of factors:
 
-    dtype of the factors u8 | rows, cols, rank varint | scale, float32 | A [rank, cols] | B [rows, rank]
-    per block of `LIMITS.block_bytes` of the tensor: codec u8, size varint | all blocks
+    dtype u8 | rows, cols, rank varint | scale, float32 | A [rank, cols] | B [rows, rank]
 
 The order: per element one float32 sum from zero over the rank, ascending, product and sum rounded by themselves; times
 `scale`; plus W0; rounded to the tensor's dtype, half to even. NaNs all become the same quiet one.
@@ -16,26 +15,21 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import codec
 from .errors import MalformedRecord
 from .kernels_types import Bytes
-from .limits import KIB, LIMITS
+from .limits import KIB
 from .types import DTYPE_BYTES
 from .varint import Reader, varint
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 Floats = NDArray[np.float32]
 
 DTYPES = ("BF16", "F16", "F32")  # of factors and of tensors; the place is the number on the wire
-RANK_MAX = 1024
+RANK_MAX = 256
 STRIP_ELEMENTS = 64 * KIB  # of the product at a time: they stay in the cache while the rank is summed up
 _NANS = {"BF16": 0x7FC0, "F16": 0x7E00, "F32": 0x7FC00000}
 
@@ -63,6 +57,11 @@ class Factors:
             )
         if not math.isfinite(self.scale) or float(np.float32(self.scale)) != self.scale:
             raise ValueError(f"scale {self.scale} is no finite float32")
+
+    def of_rows(self, first: int, last: int) -> Factors:
+        """Those of the rows from `first` to before `last`."""
+        row = self.rank * DTYPE_BYTES[self.dtype]
+        return replace(self, b=self.b[first * row : last * row], rows=last - first)
 
 
 def predict(base: Bytes, factors: Factors, *, dtype: str) -> Bytes:
@@ -92,47 +91,27 @@ def predict(base: Bytes, factors: Factors, *, dtype: str) -> Bytes:
     return out
 
 
-def encode_lowrank(new: Bytes, base: Bytes, factors: Factors, *, dtype: str) -> bytes:
-    """`new` from `base` and `factors`, bit for bit. Raises: ValueError as `predict`, or for `new` of another size."""
-    predicted = predict(base, factors, dtype=dtype)
-    if new.size != predicted.size:
-        raise ValueError(f"a tensor of {new.size} bytes for a base of {base.size}")
+def pack_factors(factors: Factors) -> bytes:
+    """See the layout above."""
     head = [bytes([DTYPES.index(factors.dtype)]), *map(varint, (factors.rows, factors.cols, factors.rank))]
-    head += [struct.pack("<f", factors.scale), factors.a.tobytes(), factors.b.tobytes()]
-    blocks: list[Buffer] = []
-    for start in range(0, new.size, LIMITS.block_bytes):
-        piece = slice(start, start + LIMITS.block_bytes)
-        number, encoded = codec.encode_block(new[piece], predicted[piece], dtype=dtype)
-        head.append(bytes([number]) + varint(memoryview(encoded).nbytes))
-        blocks.append(encoded)
-    return b"".join([*head, *blocks])
+    return b"".join([*head, struct.pack("<f", factors.scale), factors.a.tobytes(), factors.b.tobytes()])
 
 
-def decode_lowrank(encoded: Buffer, out: Bytes, base: Bytes, *, dtype: str) -> None:
-    """Fills `out` (not `base`: it is needed again). Raises: MalformedRecord, LimitExceeded; then `out` is undefined."""
-    if dtype not in DTYPES or base.size != out.size:
-        raise MalformedRecord(f"a low-rank update of {base.size} bytes {dtype} into {out.size}")
-    reader = Reader(memoryview(encoded).cast("B"), "low-rank")
+def unpack_factors(reader: Reader, *, size_bytes: int, dtype: str) -> Factors:
+    """Those of a matrix of `size_bytes` bytes of `dtype`. Raises: MalformedRecord."""
     number = reader.byte()
-    if number >= len(DTYPES):
-        raise MalformedRecord(f"a low-rank block with factors of dtype {number}")
+    if dtype not in DTYPES or number >= len(DTYPES):
+        raise MalformedRecord(f"a lowrank block of {dtype} with factors of dtype {number}")
     rows, cols, rank = reader.varint(), reader.varint(), reader.varint()
-    if rows * cols * DTYPE_BYTES[dtype] != out.size or rank > min(RANK_MAX, rows, cols):
-        raise MalformedRecord(f"a low-rank block of {rows} x {rank} x {cols} for {out.size} bytes {dtype}")
+    if rows * cols * DTYPE_BYTES[dtype] != size_bytes or rank > min(RANK_MAX, rows * cols):
+        raise MalformedRecord(f"a lowrank block of {rows} x {rank} x {cols} for {size_bytes} bytes {dtype}")
     (scale,) = struct.unpack("<f", reader.take(4))
     width = DTYPE_BYTES[DTYPES[number]]
     a, b = (np.frombuffer(reader.take(size * rank * width), np.uint8) for size in (cols, rows))
-    starts = range(0, out.size, LIMITS.block_bytes)
-    heads = [(reader.byte(), reader.varint()) for _ in starts]
-    blocks = [(number, reader.take(size)) for number, size in heads]
-    reader.finish()
     try:
-        out[:] = predict(base, Factors(a, b, DTYPES[number], rows, cols, rank, scale), dtype=dtype)
+        return Factors(a, b, DTYPES[number], rows, cols, rank, scale)
     except ValueError as error:
-        raise MalformedRecord(f"a low-rank block: {error}") from None
-    for start, (block_codec, data) in zip(starts, blocks, strict=True):
-        piece = out[start : start + LIMITS.block_bytes]
-        codec.decode_block(block_codec, data, piece, piece, dtype=dtype)
+        raise MalformedRecord(f"a lowrank block: {error}") from None
 
 
 def _widened(data: Bytes, dtype: str) -> Floats:

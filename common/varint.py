@@ -41,6 +41,10 @@ class Reader:
                 return value
         raise MalformedRecord(f"a {self._name} block with an endless number")
 
+    def rest(self) -> memoryview:
+        """All that is left."""
+        return self.take(len(self._rest))
+
     def finish(self) -> None:
         """Refuses anything that is left."""
         if len(self._rest):

@@ -14,11 +14,12 @@ import time
 from dataclasses import dataclass
 
 from ..common import wire
-from ..common.errors import MalformedRecord, UnknownVersion
+from ..common.errors import MalformedRecord, UnknownVersion, UsageError
+from ..common.limits import LIMITS
 from ..common.messages import Release
 from ..common.signing import open_envelope
 from ..common.store import Store
-from ..common.types import Manifest, PayloadRef
+from ..common.types import VERSION_ID, Manifest, PayloadRef
 
 STATE = "publisher"
 
@@ -74,6 +75,17 @@ class SentPayload:
         except PermissionError:
             return False
         return False
+
+
+def check_words(version: str | None, message: str) -> None:
+    """What an operator calls a version, and says of it. Raises: UsageError."""
+    if version is not None and not VERSION_ID.match(version):
+        raise UsageError(
+            f"version id {version!r} is not [A-Za-z0-9][A-Za-z0-9._-]{{0,63}}",
+            next="choose another --version, or none: the next free v<n> is taken",
+        )
+    if len(message.encode()) > LIMITS.message_bytes:
+        raise UsageError(f"the message takes more than {LIMITS.message_bytes} bytes")
 
 
 def now_ms() -> int:

@@ -8,12 +8,13 @@ and nothing becomes part of the store before.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from ..common.crashpoint import crash_point
 from ..common.delta import Encoder
 from ..common.deltas import StoredDelta
 from ..common.layout import in_body_order
+from ..common.lowrank import Factors
 from ..common.store import Store
 from ..common.threads import ahead
 from ..common.types import Manifest, PayloadRef
@@ -27,18 +28,18 @@ _AHEAD = 2
 
 def broadcast(
     checkpoint: Checkpoint, base: Manifest | None, store: Store, payloads: Payloads, *, resident: bool,
-    accept: Callable[[Manifest], bool], on_progress: OnBytes,
+    factors: Mapping[str, Factors], accept: Callable[[Manifest], bool], on_progress: OnBytes,
 ) -> tuple[Manifest, PayloadRef | None]:  # fmt: skip
     """The checkpoint's manifest, its version in the store, and its payload in the server, if somebody needs it.
 
     Args: without `base` all of it is sent and stored; `resident` keeps the new version in memory, to compare the next
-    one with; `accept` is asked about the manifest when all of it was read, raises if it must not be published, and
-    answers whether anybody needs the payload.
+    one with; `factors` as for `Comparison`; `accept` is asked about the manifest when all of it was read, raises if it
+    must not be published, and answers whether anybody needs the payload.
     Raises: CheckpointChanged and other CheckpointErrors, OverBudget, StreamError, StoreError, what `accept` raises.
     """
     total = sum(spec.size_bytes for spec in checkpoint.specs.values())
     while True:
-        compared = Comparison(checkpoint, base, store, keep=resident)
+        compared = Comparison(checkpoint, base, store, keep=resident, factors=factors)
         try:
             held = base.digests if base else ()
             with store.memory.pinned(held), store.delta() as delta, payloads.outgoing(base) as out:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from ..common.crashpoint import crash_point
 from ..common.delta import Input, as_bytes
@@ -10,6 +10,7 @@ from ..common.digest import tensor_digest, tensor_digest_of
 from ..common.errors import DamagedTensor
 from ..common.kernels import changed
 from ..common.layout import Bytes
+from ..common.lowrank import Factors
 from ..common.memory import Memory
 from ..common.store import Store
 from ..common.types import DeltaTensor, Manifest, TensorEntry, TensorSpec
@@ -38,9 +39,14 @@ class Comparison:
     """One reading of a checkpoint against `base` in `store`: iterate `inputs()` once, then ask for the rest.
 
     `keep`: all tensors stay in `held`, by digest. Otherwise their memory is used again once they are encoded.
+    `factors` of tensors that are about those of the base plus a product.
     """
 
-    def __init__(self, checkpoint: Checkpoint, base: Manifest | None, store: Store | None, *, keep: bool = False):
+    def __init__(
+        self, checkpoint: Checkpoint, base: Manifest | None, store: Store | None, *, keep: bool = False,
+        factors: Mapping[str, Factors] | None = None,
+    ):  # fmt: skip
+        self._factors = factors or {}
         self._checkpoint, self._store, self._keep = checkpoint, store, keep
         self._memory = store.memory if store else Memory()
         self._before = base.by_name if base and store else {}
@@ -79,7 +85,8 @@ class Comparison:
         self._at_hand.add(entry.digest)
         self.changed.append(DeltaTensor(entry.spec, entry.digest, carried, carried and old is not None))
         if carried:
-            yield Input(entry.spec.dtype, new, old, self._numbers.get(entry.spec.name, 0))
+            name = entry.spec.name
+            yield Input(entry.spec.dtype, new, old, self._numbers.get(name, 0), self._factors.get(name))
         crash_point("publisher.stored-tensor")
 
     def _based(self, spec: TensorSpec) -> bool:

@@ -10,6 +10,7 @@ from ..common.errors import ProtocolError
 from ..common.messages import Evidence, Release, WorkerStatus
 from ..common.signing import Trust, open_envelope
 from ..common.stream import Member, Stream
+from ..common.types import Manifest
 
 #: heartbeats that a worker may miss before it counts as silent, and the least time that takes
 _MISSED_BEATS, _SILENT_S = 3, 3.0
@@ -81,6 +82,11 @@ class Fleet:
     @property
     def live(self) -> list[WorkerView]:
         return [worker for worker in self.workers if worker.live]
+
+    def wants(self, manifest: Manifest, before: Manifest | None) -> bool:
+        """Whether anybody may lack `manifest`, where `before` was the target: no worker may be here yet."""
+        unchanged = before is not None and before.fingerprint == manifest.fingerprint
+        return not unchanged and not (self.live and all(worker.holds(manifest.fingerprint) for worker in self.live))
 
     def to_dict(self) -> dict[str, object]:
         """Stable keys of `refleet status --json`."""

@@ -22,7 +22,6 @@ from ..common.errors import (
     UsageError,
     VersionExists,
 )
-from ..common.limits import LIMITS
 from ..common.messages import Release
 from ..common.redis_stream import AUTO, RedisStream
 from ..common.shm import placed
@@ -30,13 +29,14 @@ from ..common.signing import SigningKey, seal
 from ..common.store import Collected, Store
 from ..common.stream import Stream
 from ..common.threads import Newest
-from ..common.types import VERSION_ID, Manifest, PayloadRef
-from .book import Book, Version, now_ms
+from ..common.types import Manifest, PayloadRef
+from .adapters import factors_of
+from .book import Book, Version, check_words, now_ms
 from .broadcast import broadcast
 from .checkpoint import open_checkpoint
 from .claim import LEASE_S, LOCK_S, Claim
 from .compare import OnBytes, silent
-from .fleet import Fleet, fleet
+from .fleet import fleet
 from .payloads import Payloads, announcing
 from .published import Published
 from .retention import reasons_to_keep
@@ -45,6 +45,8 @@ from .structure import restructures
 
 if TYPE_CHECKING:
     import torch
+
+    from .adapters import Adapter
 
 
 class Publisher:
@@ -103,6 +105,8 @@ class Publisher:
         version: str | None = None,
         message: str = "",
         allow_structure_change: bool = False,
+        relative_to: str | None = None,
+        adapters: Mapping[str, Adapter] | None = None,
         on_progress: OnBytes = silent,
     ) -> Published:
         """Make `source` the fleet's target as `version` (default: the next free `v<n>`).
@@ -110,37 +114,35 @@ class Publisher:
         The same content under the same id again is a no-op or a re-announcement, never an error. Names, dtypes and
         shapes must be those of the release before it unless `allow_structure_change`; workers whose engine can't
         follow refuse such a release, and serve on what they serve.
-        `on_progress("send", done, total)` in bytes of the checkpoint.
+        `relative_to`: the version that the delta builds on, instead of the release before; workers without it ask for
+        another delta. `adapters`: by name of a merged matrix, its (B, A, scale) on top of that version (LoRA): then the
+        factors travel, and what they miss. `on_progress("send", done, total)` in bytes of the checkpoint.
         Raises: CheckpointError (nothing was published), PublisherBusy, StaleEpoch, OverBudget, StreamError, StoreError.
         """
-        if version is not None and not VERSION_ID.match(version):
-            raise UsageError(
-                f"version id {version!r} is not [A-Za-z0-9][A-Za-z0-9._-]{{0,63}}",
-                next="choose another --version, or none: the next free v<n> is taken",
-            )
-        if len(message.encode()) > LIMITS.message_bytes:
-            raise UsageError(f"the message takes more than {LIMITS.message_bytes} bytes")
+        check_words(version, message)
         with self._exclusive("publish") as head, open_checkpoint(source) as checkpoint:
-            base = self._manifest(head)
+            factors = factors_of(adapters or {}, checkpoint.specs)
+            before = self._manifest(head)
+            base = before if relative_to is None else self.book.manifest_of(relative_to)
             restructure = restructures(
-                self.stream, checkpoint.specs, head, base, version=version or checkpoint.source,
+                self.stream, checkpoint.specs, head, before, version=version or checkpoint.source,
                 allowed=allow_structure_change,
             )  # fmt: skip
             name = version or self._free_id()
 
             def accept(manifest: Manifest) -> bool:
                 self._check_id(version, manifest)
-                return wanted(fleet(self.stream), manifest, base)
+                return fleet(self.stream).wants(manifest, before)
 
             self._payloads.clean(fleet(self.stream))
             manifest, payload = broadcast(
-                checkpoint, base, self.store, self._payloads, resident=self._resident, accept=accept,
+                checkpoint, base, self.store, self._payloads, resident=self._resident, factors=factors, accept=accept,
                 on_progress=on_progress,
             )  # fmt: skip
             if head and self._is_current(head, name, manifest):
                 return Published(head, self.stream, already=True)
             named = Version(name, manifest.fingerprint, now_ms(), message, checkpoint.source)
-            changed = len(manifest.changed_from(base))
+            changed = len(manifest.changed_from(before))
             return self._commit("publish", named, manifest, head, payload, changed, message, restructure)
 
     def rollback(
@@ -221,7 +223,7 @@ class Publisher:
         """Write what live workers lack of `manifest`, out of the store; None when all of them hold it."""
         now = fleet(self.stream)
         self._payloads.clean(now)
-        if not wanted(now, manifest, base):
+        if not now.wants(manifest, base):
             return None
         return self._payloads.send(manifest, base, on_progress=lambda done, total: on_progress("send", done, total))
 
@@ -295,9 +297,3 @@ class Publisher:
     def _serving(self) -> str:
         head = self.book.head()
         return f"the fleet's target is still {head.version}" if head else "nothing was published yet"
-
-
-def wanted(now: Fleet, manifest: Manifest, base: Manifest | None) -> bool:
-    """Whether anybody may lack `manifest`: no worker may be here yet."""
-    unchanged = base is not None and base.fingerprint == manifest.fingerprint
-    return not unchanged and not (now.live and all(worker.holds(manifest.fingerprint) for worker in now.live))

@@ -7,10 +7,19 @@ import pytest
 from codec_blocks import Bytes, noise
 from refleet.common import codec
 from refleet.common.errors import LimitExceeded, MalformedRecord
-from refleet.common.limits import LIMITS
-from refleet.common.lowrank import DTYPES, Factors, decode_lowrank, encode_lowrank, predict
+from refleet.common.lowrank import DTYPES, RANK_MAX, Factors, pack_factors, predict
 
 ROWS, COLS, RANK = 96, 160, 8
+
+
+def encode_lowrank(new: Bytes, base: Bytes, factors: Factors, *, dtype: str) -> bytes:
+    """As the codec `lowrank`, whatever else were shorter."""
+    number, rest = codec.encode_block(new, predict(base, factors, dtype=dtype), dtype=dtype)
+    return pack_factors(factors) + bytes([number]) + bytes(rest)
+
+
+def decode_lowrank(encoded: bytes, out: Bytes, base: Bytes, *, dtype: str) -> None:
+    codec.decode_block(codec.LOWRANK, encoded, out, base, dtype=dtype)
 
 
 def narrow(values: np.ndarray, dtype: str) -> Bytes:
@@ -89,16 +98,48 @@ def test_any_bits_survive_whatever_is_predicted() -> None:
     assert np.array_equal(out, new)
 
 
-def test_a_tensor_of_several_blocks_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    base, factors = case("BF16", "F32")
-    object.__setattr__(LIMITS, "block_bytes", 4096)
-    try:
-        new = merged(base, factors, "BF16")
-        encoded, out = encode_lowrank(new, base, factors, dtype="BF16"), np.zeros_like(new)
-        decode_lowrank(encoded, out, base, dtype="BF16")
-    finally:
-        object.__setattr__(LIMITS, "block_bytes", type(LIMITS)().block_bytes)
-    assert np.array_equal(out, new)
+@pytest.mark.parametrize("factor_dtype", DTYPES)
+def test_what_the_encoder_makes_is_never_larger_than_without_factors(factor_dtype: str) -> None:
+    base, factors = case("BF16", factor_dtype, rows=400, cols=300)
+    for new, codec_id in (
+        (merged(base, factors, "BF16"), codec.LOWRANK), (base, codec.SAME), (noise(base.size, seed=9), codec.RAW),
+    ):  # fmt: skip
+        number, encoded = codec.encode_factored(new, base, factors, dtype="BF16")
+        plain = memoryview(codec.encode_block(new, base, dtype="BF16")[1]).nbytes
+        assert number == codec_id or codec_id != codec.LOWRANK
+        assert memoryview(encoded).nbytes <= plain
+        for out in (np.zeros_like(new), base.copy()):
+            codec.decode_block(number, encoded, out, base if out[0] == 0 and not out.any() else out, dtype="BF16")
+            assert np.array_equal(out, new)
+
+
+def test_rows_of_factors_predict_the_rows_of_the_tensor() -> None:
+    base, factors = case("BF16", "F16")
+    whole, row = predict(base, factors, dtype="BF16"), COLS * 2
+    for first, last in ((0, 1), (5, 40), (ROWS - 3, ROWS)):
+        part = predict(base[first * row : last * row], factors.of_rows(first, last), dtype="BF16")
+        assert np.array_equal(part, whole[first * row : last * row])
+
+
+def test_a_block_that_is_a_chain_of_predictions_is_refused() -> None:
+    base, factors = case("BF16", "BF16")
+    inner = encode_lowrank(base, base, factors, dtype="BF16")
+    with pytest.raises(MalformedRecord, match="lowrank block in a lowrank block"):
+        decode_lowrank(pack_factors(factors) + bytes([codec.LOWRANK]) + inner, base.copy(), base, dtype="BF16")
+
+
+def test_more_than_the_highest_rank_is_refused() -> None:
+    """What a block may cost is bounded."""
+    rank = RANK_MAX + 1
+    factors = Factors.__new__(Factors)
+    for name, value in {
+        "a": np.zeros(rank * 600 * 2, np.uint8), "b": np.zeros(600 * rank * 2, np.uint8), "dtype": "BF16", "rows": 600,
+        "cols": 600, "rank": rank, "scale": 1.0,
+    }.items():  # fmt: skip
+        object.__setattr__(factors, name, value)
+    out = np.zeros(600 * 600 * 2, np.uint8)
+    with pytest.raises(MalformedRecord, match=str(rank)):
+        decode_lowrank(pack_factors(factors) + b"\0", out, out.copy(), dtype="BF16")
 
 
 def test_factors_that_do_not_fit_are_refused() -> None:

@@ -162,7 +162,8 @@ class Pursuit:
 
     def _switch(self, goal: Goal, staged: Staged, received: int, clock: Clock) -> None:
         self._board.show(APPLYING, f"applying {goal.serving.version}", target=goal.serving, evidence=Evidence.STAGED)
-        state, current = self._state.after(goal.serving, keep=self._keep), self._gate.current
+        base, current = goal.payload.base if goal.payload else None, self._gate.current
+        state = self._state.after(goal.serving, base=base, keep=self._keep)
         previous = Staged(self._store, current, self._holds, goal.restructure) if current and self._holds else None
         try:
             done = switch(

@@ -33,9 +33,13 @@ class WorkerState:
     recent: tuple[bytes, ...]  # fingerprints served, each once
     restructure: bool  # a release accepted since the target was served last may have another structure
 
-    def after(self, serving: Serving, *, keep: int) -> WorkerState:
-        """The record once `serving` is served; `keep` versions stay in `recent`."""
-        recent = (*(f for f in self.recent if f != serving.fingerprint), serving.fingerprint)
+    def after(self, serving: Serving, *, base: bytes | None, keep: int) -> WorkerState:
+        """The record once `serving` is served; `keep` versions stay in `recent`. What it was sent relative to stays as
+        long: so will the next one be, where that was no accident.
+        """
+        based = tuple(f for f in self.recent if f == base != serving.fingerprint)
+        others = tuple(f for f in self.recent if f not in (serving.fingerprint, base))
+        recent = (*others, *based, serving.fingerprint)
         reached = self.release is not None and self.release.order == serving.order
         return replace(self, serving=serving, recent=recent[-keep:], restructure=self.restructure and not reached)
 
