@@ -126,7 +126,7 @@ def scale(found: dict[str, Any], path: Path) -> None:
             panel.plot(x, y, marker=marker, markersize=4, linewidth=1.2, label=what)
         panel.set(xscale="log", yscale="log")
         panel.set_xlabel(label, fontsize=8)
-        panel.set_title(f"cost against {part}, x the first", fontsize=9)
+        panel.set_title(f"cost against {part}, in times that of the first", fontsize=9)
         panel.xaxis.set_major_locator(ticker.FixedLocator(x))
         panel.xaxis.set_major_formatter(
             ticker.FuncFormatter(lambda value, _: f"{value:.2g}" if value < 100 else f"{value:,.0f}")
