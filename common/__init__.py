@@ -16,6 +16,7 @@ Bytes
     sparse         the codec for blocks of which few elements changed, by class of the base's exponent
     planes, zstd   the codecs that take elements apart into byte planes, and safe zstd frames
     lowrank        a low-rank update predicted from its factors
+    preface        what stands before each block, so that it can be decoded early
     kernels        the work per element, in C or numpy: kernels_numpy, kernels_symbols, kernels_types, varint
     layout         where the tensors of a delta lie in its blocks
     delta          what turns a base version into a target: plan, body, chunks, index
@@ -25,8 +26,11 @@ Bytes
 Store
     store          tensors by digest, manifests by fingerprint, and small records, on local disk
     objects, pack  its whole tensors: packs, append-only files of many, shared by several processes
-    derived, deltas   its tensors kept as changes to others, and rebuilt
+    derived, deltas   its tensors kept as changes to others; rebuild: through several of them
     memory         its tensors in this process's memory, in buffers that are used again
+    host_memory, host_image   its tensors in memory that the workers of a host share
+    store_folder, named_records   its identity, who keeps what, and small records by name
+    shm            folders in this machine's memory
     manifests      its versions; folder_stamp: whether another process changed a folder
     retention      which packs go, which stay, which are copied
     records        small files that are there whole or not at all, and locks
@@ -44,9 +48,10 @@ Stream
 
 __all__ = [
     "types", "messages", "errors", "limits", "config", "crashpoint",
-    "digest", "wire", "signing", "codec", "sparse", "planes", "zstd", "lowrank", "kernels", "layout", "delta",
+    "digest", "wire", "signing", "codec", "sparse", "planes", "zstd", "lowrank", "kernels", "layout", "preface", "delta",
     "tensors", "threads",
-    "store", "objects", "pack", "derived", "deltas", "memory", "manifests", "folder_stamp", "retention", "records",
+    "store", "objects", "pack", "derived", "deltas", "rebuild", "memory", "host_memory", "host_image", "manifests",
+    "folder_stamp", "retention", "records", "store_folder", "named_records", "shm",
     "stream", "redis_stream", "redis_link", "redis_payload", "redis_reader", "redis_wire", "redis_replies",
     "redis_scripts", "stream_rules", "memory_stream", "memory_server",
 ]  # fmt: skip

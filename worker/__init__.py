@@ -7,6 +7,8 @@ board    status of this worker             acks, heart     tell the fleet
 worker   the Worker and its loop           http, metrics   tell probes and Prometheus
 cli      `refleet-worker`                 doctor         can this machine serve?
 upkeep   what a served version leaves to do: settled, older ones removed, now and then one written whole
+early    receives a payload while it is written; early_decode decodes it; staging: from goal to bytes in the store
+turn     one at a time of the workers that share a store
 
 TensorRT, in the order in which a version flows:
 recipe     what a factory returns           tensorrt_engine  the engine: which way a version goes in
