@@ -48,8 +48,8 @@ Stream
 
 __all__ = [
     "types", "messages", "errors", "limits", "config", "crashpoint",
-    "digest", "wire", "signing", "codec", "sparse", "planes", "zstd", "lowrank", "kernels", "layout", "preface", "delta",
-    "tensors", "threads",
+    "digest", "wire", "signing", "codec", "sparse", "planes", "zstd", "lowrank", "kernels", "layout", "preface",
+    "delta", "tensors", "threads",
     "store", "objects", "pack", "derived", "deltas", "rebuild", "memory", "host_memory", "host_image", "manifests",
     "folder_stamp", "retention", "records", "store_folder", "named_records", "shm",
     "stream", "redis_stream", "redis_link", "redis_payload", "redis_reader", "redis_wire", "redis_replies",

@@ -2,7 +2,7 @@
 
 From checkpoint to release
     checkpoint, shards, source_file, safetensors_header, state_dict   open what a trainer wrote
-    compare        read it once, and tell what changed
+    compare        read it once, and tell what changed; adapters: low-rank ones that it was merged from
     broadcast      send and store what changed
     publish        the Publisher: commit, roll back; published: a release, and waiting for it
     payloads       deltas in the server, within a budget
