@@ -1,0 +1,97 @@
+"""One seed: a plan of what happens, the run, the healing, and what must be true at the end."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import dataclass
+
+from refleet.publisher.fleet import newest_release
+
+from .events import happen, plan
+from .kernel import Kernel, activate, kernel
+from .truth import need
+from .world import World
+
+#: after the last fault every worker serves the target within this virtual time
+HEALED_S = 60.0
+
+
+@dataclass
+class Outcome:
+    seed: int
+    error: BaseException | None
+    steps: int
+    virtual_s: float
+    counts: Counter[str]
+    trace: list[str]
+
+
+def run_seed(seed: int, *, trace: bool = False) -> Outcome:
+    """Must be called inside `seams.installed()`."""
+    lines: list[str] = []
+    run = Kernel(seed, trace=lines if trace else None)
+    activate(run)
+    rng = random.Random(f"world {seed}")
+    world = World(run, rng)
+    error: BaseException | None = None
+    try:
+        with world.oracle.observing():
+            play(world, plan(rng, length=rng.randrange(6, 16)))
+    except Exception as found:
+        error = found
+        run.note(f"FAILED: {type(found).__name__}: {found}")
+    finally:
+        run.check = lambda: None
+        run.end()
+    counts = world.faults.counts + run.passed + world.failures + world.oracle.checked
+    return Outcome(seed, error, run.steps, run.now, counts, lines)
+
+
+def play(world: World, events: list[tuple[float, str]]) -> None:
+    run, rng = world.run, world.rng
+    world.leader.serve()
+    for _ in range(rng.randrange(1, 4)):
+        world.join()
+    run.run(for_s=rng.uniform(0.0, 1.0))
+    world.publish(content=world.first)
+    run.run(for_s=rng.uniform(0.2, 3.0))
+    began = run.now
+    for at, name in events:
+        run.run(for_s=max(began + at - run.now, 0.0))
+        happen(world, name)
+    run.run(for_s=rng.uniform(0.0, 5.0))
+    run.note("---- all faults end")
+    world.heal()
+    converge(world)
+
+
+def converge(world: World) -> None:
+    """I11, I12: what is published after the last fault is served everywhere, in bounded time, and acknowledged."""
+    run = world.run
+    done: list[object] = []
+
+    def wait(published: object) -> None:
+        release = published.release  # type: ignore[attr-defined]
+        kernel().note(f"the last release is {release.order}")
+        acks = published.wait(timeout_s=HEALED_S)  # type: ignore[attr-defined]
+        done.append((release, acks))
+
+    run.run(for_s=6.0)
+    world.publish(take_over=True, then=wait)
+    run.run(lambda: bool(done), for_s=HEALED_S + 30)
+    need(done, "I12", f"the fleet did not reach the last release: {_where(world)}")
+    target = newest_release(world.peek, trust=world.trust)
+    assert target is not None
+    reached = run.run(lambda: world.all_serve(target.order), for_s=HEALED_S)
+    need(reached, "I12", f"not every worker reached {target.order} {target.version}: {_where(world)}")
+
+
+def _where(world: World) -> str:
+    found = []
+    for actor in world.following():
+        status = actor.worker.board.status if actor.worker else None
+        failure = status.failure.what if status and status.failure else ""
+        serving = status.serving if status else None
+        found.append(f"{actor.id} {status.state if status else 'is down'} {serving.version if serving else '-'} {failure}")
+    return "; ".join([*found, *(f"{code} x{number}" for code, number in world.failures.items())])
