@@ -214,6 +214,7 @@ def _decoder(kind: Any) -> Decode:
     return _float if kind is float else _plain_decoder(kind)
 
 
+@cache
 def _fields_decoder(kind: Any) -> Callable[[_Reader, int], Any]:
     """Reads the `count` fields that a list announced into a `kind`."""
     hints = get_type_hints(kind)

@@ -29,7 +29,8 @@ class WorkerFacts:
     """What the oracle knows of one worker id, over all its lives."""
 
     def __init__(self) -> None:
-        self.accepted: Order = (0, 0)  # the highest that its record ever held
+        self.accepted: Order = (0, 0)  # the highest in this life
+        self.durable: Order = (0, 0)  # the highest that was known to be on its disk
         self.served: Order | None = None  # what its record says is served
         self.epochs: dict[int, str] = {}  # epoch -> the publisher that was believed in it
         self.seen: tuple[Any, ...] = ()
@@ -86,7 +87,7 @@ class Oracle:
     def _record(self, actor: WorkerActor, facts: WorkerFacts, state: WorkerState) -> None:
         """I6, I9, I13: what a worker accepted was made by a publisher, and goes up only."""
         if state.release is None:
-            need(facts.accepted == (0, 0), "I24", f"{actor.id} forgot that it accepted {facts.accepted}")
+            need(facts.durable == (0, 0), "I24", f"{actor.id} forgot that it accepted {facts.durable}")
             return
         release = state.release
         self.checked["I9"] += 1
@@ -107,7 +108,8 @@ class Oracle:
         assert actor.worker is not None
         state = actor.worker._pursuit._state
         order = state.release.order if state.release else (0, 0)
-        need(order >= facts.accepted, "I24", f"{actor.id} came back with {order} after {facts.accepted}")
+        need(order >= facts.durable, "I24", f"{actor.id} came back with {order} after {facts.durable}")
+        facts.accepted = order
         if facts.served is not None:
             serving = state.serving
             found = (serving.epoch, serving.seq) if serving else None
@@ -169,6 +171,8 @@ class Oracle:
         served = record.serving if record else None
         need(served == current, "I4", f"{actor.id}: SERVING, but its record on disk says {served}")
         facts.served = release.order
+        if record and record.release:
+            facts.durable = max(facts.durable, record.release.order)
         if ack.probe is not None and not engine.rotten:
             first = self.truth.probes.setdefault(release.fingerprint, ack.probe)
             need(first == ack.probe, "I8", f"{actor.id} answers {release.version} otherwise than the first time")

@@ -207,6 +207,8 @@ class World:
                     self.run.kill(worker.process, "a twin")
             else:
                 self.worker_died(worker)
+        if not self.following():
+            self.workers[0].start()
 
     def following(self) -> list[WorkerActor]:
         """Workers that should be there."""
