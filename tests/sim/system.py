@@ -145,6 +145,7 @@ def os_ftruncate(fd: int, size: int) -> None:
 
 def os_rename(source: object, target: object) -> None:
     touch("rename", target)
+    kernel().note(f"rename to {target}")
     disk_of(source).rename(str(source), str(target))
     touch("after the rename to", target)
 
@@ -274,6 +275,7 @@ class Path(PurePosixPath):
 
     def unlink(self, missing_ok: bool = False) -> None:
         touch("unlink", self)
+        kernel().note(f"unlink {self}")
         try:
             disk_of(self).unlink(str(self))
         except FileNotFoundError:
