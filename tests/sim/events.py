@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 from collections.abc import Callable
+from pathlib import Path
 
+import refleet.common
+from refleet import publisher, worker
 from refleet.common import wire
 from refleet.common.errors import ProtocolError
 from refleet.common.messages import Release
@@ -16,16 +20,15 @@ from .kernel import Process
 from .network import flipped
 from .world import KEYS, World
 
-#: crash points of the two sides; `store.` ones are passed by both
-POINTS = (
-    "publisher.stored-tensor", "publisher.stored", "publisher.sent-chunk", "publisher.sent-all",
-    "publisher.before-record", "publisher.recorded", "publisher.announced", "worker.accepted",
-    "worker.received-early", "worker.received-chunk", "worker.staged", "worker.prepared", "worker.applied",
-    "worker.persisted", "worker.switched", "store.record-temp", "store.record-written", "store.record-synced",
-    "store.record-renamed", "store.delta-written", "store.delta-synced", "store.delta-renamed", "store.object-written",
-    "store.pack-written", "store.pack-synced", "store.pack-renamed", "store.pack-copied", "store.pack-dropped",
-    "store.manifests-dropped",
-)  # fmt: skip
+#: every crash point of the parts of refleet that run here
+POINTS = sorted(
+    point
+    for module in (Path(refleet.common.__file__).parent, *(Path(p.__file__).parent for p in (publisher, worker)))
+    for path in sorted(module.glob("*.py"))
+    for found in re.findall(r'crash_point\(f?"([^"]+)"\)', path.read_text())
+    for point in ([found.format(kind=kind) for kind in ("record", "delta", "pack")] if "{" in found else [found])
+    if not point.startswith(("file_engine.", "bundle."))
+)
 
 
 def _log_key() -> str:

@@ -107,7 +107,7 @@ class WorkerActor:
                         run.maybe()
                     self.world.oracle.answered(self, serving, seen)
                     if run.rng.random() < 0.1:
-                        run.sleep(run.rng.uniform(0.5, 5.0))
+                        run.sleep(run.rng.uniform(0.5, 2.0 if self.world.healing else 6.0))
             except NotServing:
                 self.world.oracle.refused_request(self)
 
@@ -163,6 +163,13 @@ class PublisherActor:
             run.kill(process, "ended")
 
         process.spawn(main, "main")
+
+    def store_id(self) -> str:
+        """The id of the store on its disk, which names the publisher in every release; "" where there is none."""
+        try:
+            return bytes(self.host.disk.find(f"/store/{MODEL}/id").data).split()[-1].decode()
+        except (FileNotFoundError, IndexError):
+            return ""
 
     def processes(self) -> list[Process]:
         return [each for each in (*self.commands, self.daemon) if each is not None and each.alive]

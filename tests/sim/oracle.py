@@ -13,10 +13,12 @@ from refleet.common.messages import Ack, Evidence, Release, Serving
 from refleet.common.signing import open_envelope
 from refleet.common.store import Store
 from refleet.publisher.book import Book
+from refleet.worker.receive import Body
 from refleet.worker.state import WorkerState
 
 from .contents import Content
-from .kernel import kernel
+from .kernel import Process, kernel
+from .threads import me
 from .truth import Order, Truth, need
 
 if TYPE_CHECKING:
@@ -45,6 +47,8 @@ class Oracle:
         self.workers: dict[str, WorkerFacts] = {}
         self.checked: Counter[str] = Counter()
         self.began: dict[str, float] = {}  # payload -> when its first chunk was written
+        self.bodies: dict[Process | None, tuple[str, list[int]]] = {}  # what a worker began to fetch last
+        self.durable: set[tuple[str, Order]] = set()  # releases that were recorded, and not dropped
         self.appended: set[tuple[str, Order]] = set()
 
     def facts(self, actor: WorkerActor) -> WorkerFacts:
@@ -157,7 +161,7 @@ class Oracle:
             return
         assert release is not None
         if ack.evidence == Evidence.RECEIVED:
-            self._received(actor, ack, release)
+            self._received(actor)
         if ack.evidence == Evidence.STAGED:
             self._staged(actor, release)
         if ack.evidence != Evidence.SERVING:
@@ -181,10 +185,12 @@ class Oracle:
             rotten = [name for name, since in engine.rotten.items() if since < kernel().now - 1.0]
             need(not rotten, "I4", f"{actor.id} verified an engine whose {rotten} rotted")
 
-    def _received(self, actor: WorkerActor, ack: Ack, release: Release) -> None:
+    def _received(self, actor: WorkerActor) -> None:
         stream = self.facts(actor).stream
         assert stream is not None
-        need(any(stream.fetched), "I4", f"{actor.id}: RECEIVED without a chunk")
+        payload_id, numbers = self.bodies.get(actor.process, ("", []))
+        lacking = [number for number in numbers if (payload_id, number) not in stream.fetched]
+        need(not lacking, "I4", f"{actor.id}: RECEIVED, but chunks {lacking} never came as they were written")
 
     def _staged(self, actor: WorkerActor, release: Release) -> None:
         if actor.host.rotten:
@@ -205,7 +211,8 @@ class Oracle:
         self._content(release.fingerprint, "I16")
         for (publisher, order), other in truth.releases.items():
             if publisher == release.publisher:
-                need(order < release.order or other == release, "I7", f"{release.order} after {order}")
+                again = other == release or (publisher, order) not in self.durable  # that one was lost by a crash
+                need(order < release.order or again, "I7", f"{release.order} after {order}")
         named = truth.names.setdefault((release.publisher, release.version), release.fingerprint)
         need(named == release.fingerprint, "I7", f"{release.version} changed its meaning")
         truth.releases[release.publisher, release.order] = release
@@ -213,6 +220,7 @@ class Oracle:
     def dropped(self, release: Release) -> None:
         """The fence refused it: it was never made."""
         self.truth.releases.pop((release.publisher, release.order), None)
+        self.durable.discard((release.publisher, release.order))
 
     def effect(self, name: str, args: tuple[Any, ...]) -> None:
         """What the server did. I15: a release is appended when all its chunks are there."""
@@ -262,28 +270,33 @@ class Oracle:
     @contextmanager
     def observing(self) -> Iterator[None]:
         """Hears of releases and of retention where the production code does them."""
-        save, drop, collect = Book.save_release, Book.drop_release, Store.collect
+        save, drop, collect, begin = Book.save_release, Book.drop_release, Store.collect, Body.__init__
 
-        def save_release(book: Book, release: Release, data: bytes) -> None:
+        def save_release(book: Book, release: Release, *rest: Any, **options: Any) -> None:
             self.recorded(book, release)
-            save(book, release, data)
+            save(book, release, *rest, **options)
+            self.durable.add((release.publisher, release.order))
 
-        def drop_release(book: Book, release: Release) -> None:
+        def drop_release(book: Book, release: Release, **options: Any) -> None:
             self.dropped(release)
-            drop(book, release)
+            drop(book, release, **options)
 
         def collecting(store: Store, keep: Any, **options: Any) -> Any:
             found = collect(store, keep, **options)
             self.collected(store, keep)
             return found
 
+        def beginning(body: Body, stream: Any, ref: Any, index: Any, numbers: list[int], **options: Any) -> None:
+            self.bodies[me().process] = (ref.payload_id, numbers)
+            begin(body, stream, ref, index, numbers, **options)
+
         Book.save_release, Book.drop_release = save_release, drop_release  # type: ignore[method-assign]
-        Store.collect = collecting  # type: ignore[method-assign]
+        Store.collect, Body.__init__ = collecting, beginning  # type: ignore[method-assign]
         try:
             yield
         finally:
             Book.save_release, Book.drop_release = save, drop  # type: ignore[method-assign]
-            Store.collect = collect  # type: ignore[method-assign]
+            Store.collect, Body.__init__ = collect, begin  # type: ignore[method-assign]
 
 
 def _off(tensors: Any, content: Content) -> list[str]:

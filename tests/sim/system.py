@@ -83,8 +83,7 @@ def _file(fd: int) -> OpenFile:
 def os_open(path: object, flags: int, mode: int = 0o777) -> int:
     touch("open", path)
     disk, name = disk_of(path), str(path)
-    if flags & real_os.O_DIRECTORY:
-        disk.folder(name)
+    if name in disk.folders:
         return _opened(disk.nameless(), name).fd
     try:
         inode = disk.find(name)

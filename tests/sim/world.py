@@ -77,7 +77,7 @@ class World:
     # ------------------------------------------------------------------ operators
 
     def publish(self, *, other: bool = False, slowly: bool = False, content: Content | None = None,
-                take_over: bool = False, then: Callable[[Any], object] = lambda _: None) -> Process:  # fmt: skip
+                take_over: bool = False, allow: bool = False, then: Callable[[Any], object] = lambda _: None) -> Process:  # fmt: skip
         """The trainer writes a checkpoint; somebody publishes it."""
         actor = self.leader
         made = content or new_content(self.rng, actor.base or self.first, other=other)
@@ -91,7 +91,7 @@ class World:
         def work(publisher: Publisher) -> None:
             from .system import Path
 
-            then(publisher.publish(Path(path), version=version, allow_structure_change=not self.fixed))
+            then(publisher.publish(Path(path), version=version, allow_structure_change=allow or not self.fixed))
 
         return actor.command(f"publish-{version}", work, take_over=take_over)
 
@@ -205,8 +205,10 @@ class World:
                 worker.wanted = False
                 if worker.process is not None:
                     self.run.kill(worker.process, "a twin")
-            else:
-                self.worker_died(worker)
+                continue
+            if worker.engine is not None and worker.engine.rotten and worker.process is not None:
+                self.run.kill(worker.process, "its engine rotted: only `verify` would tell")
+            self.worker_died(worker)
         if not self.following():
             self.workers[0].start()
 
@@ -214,10 +216,19 @@ class World:
         """Workers that should be there."""
         return [actor for actor in self.workers if actor.wanted]
 
-    def all_serve(self, order: tuple[int, int]) -> bool:
-        """Whether every worker serves this release."""
+    def all_serve(self, order: tuple[int, int], *, or_failed: bool = False) -> bool:
+        """Whether every worker serves this release, or (`or_failed`) had said that its engine can't take it."""
         for actor in self.following():
-            current = actor.worker.gate.current if actor.worker else None
+            if actor.worker is None:
+                return False
+            current, failed = actor.worker.gate.current, actor.worker._pursuit._failed
+            if or_failed and order in failed:
+                continue
             if current is None or (current.epoch, current.seq) != order:
                 return False
         return True
+
+    @property
+    def restructured(self) -> bool:
+        """Whether a version of the other structure was ever released."""
+        return any(self.oracle.truth.contents[r.fingerprint].other for r in self.oracle.truth.releases.values())
