@@ -53,8 +53,11 @@ def new_content(rng: random.Random, base: Content | None, *, other: bool = False
         before = base.tensors.get(name) if base else None
         if before is None or len(before) != size:
             tensors[name] = rng.randbytes(size)  # any bits: NaNs with payloads, subnormals, -0.0
-        elif rng.random() < 0.4:
+        elif (chance := rng.random()) < 0.4:
             tensors[name] = before
+        elif size and chance < 0.5:  # one sign: +0.0 becomes -0.0
+            at = rng.randrange(size // _BYTES[dtype]) * _BYTES[dtype] + _BYTES[dtype] - 1
+            tensors[name] = before[:at] + bytes([before[at] ^ 0x80]) + before[at + 1 :]
         else:
             data = bytearray(before)
             for start in range(0, size, _BYTES[dtype]):

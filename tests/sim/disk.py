@@ -188,6 +188,12 @@ class Disk:
         if self.full:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    def durable(self, path: str) -> bytes | None:
+        """What a power cut at this moment would surely leave of a file; None: not all of it."""
+        folder, name = self.at(path)
+        node = folder.synced.get(name)
+        return bytes(node.data) if isinstance(node, Inode) and not node.dirty else None
+
     # ------------------------------------------------------------------ what the world does to it
 
     def cut_power(self, rng: random.Random) -> int:

@@ -28,7 +28,8 @@ class _Cells(dict[str, bytes]):
 
 
 class SimEngine(MemoryEngine):
-    """`changes` counts every write. `watch` is told of every `prepare` and `apply` before it begins."""
+    """`changes` counts every write. `watch` is told of every `prepare` and `apply`, and gives the version to
+    read from."""
 
     def __init__(
         self, specs: Iterable[TensorSpec] | None, faults: Faults, *, prepares: bool, probes: bool, watch: Any,
@@ -43,12 +44,12 @@ class SimEngine(MemoryEngine):
         self.tensors = _Cells(self, self.tensors)
 
     def prepare(self, staged: Any, changed: frozenset[str]) -> bool:
-        self._watch("prepare", staged, changed)
+        staged = self._watch("prepare", staged, changed)
         self.fail_prepare = self.prepares and self._faults.hit("engine.fails-prepare")
         return super().prepare(staged, changed)
 
     def apply(self, staged: Any, changed: frozenset[str]) -> None:
-        self._watch("apply", staged, changed)
+        staged = self._watch("apply", staged, changed)
         self._applied = staged.manifest.fingerprint
         faults, rng = self._faults, kernel().rng
         if faults.hit("engine.hangs"):

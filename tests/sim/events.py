@@ -15,10 +15,11 @@ from refleet.common.errors import ProtocolError
 from refleet.common.messages import Release
 from refleet.common.signing import open_envelope, seal
 
+from .contents import new_content
 from .fleet import MODEL, WorkerActor
 from .kernel import Process
 from .network import flipped
-from .world import KEYS, World
+from .world import KEYS, ONE_FILE, World
 
 #: every crash point of the parts of refleet that run here
 POINTS = sorted(
@@ -220,7 +221,7 @@ def disk_rotted(world: World) -> None:
     if files:
         inode = world.rng.choice(files)
         inode.rot(world.rng.randrange(len(inode.data)), world.rng.randrange(8))
-        host.rotten = True
+        host.rotten_s = world.run.now
 
 
 _ROTS = ("packs", "deltas", "manifests")
@@ -247,10 +248,26 @@ def published(world: World) -> None:
 
 
 def published_while_written(world: World) -> None:
-    world.publish(slowly=True)
+    """The trainer goes on with the next step in the same file while it is being published."""
+    actor, rng = world.leader, world.rng
+    if actor.writing:
+        return
+    world.publish(same_file=True)
+    following = new_content(rng, actor.base)
+    world.oracle.truth.add(following)
+
+    def write() -> None:
+        if not actor.writing:
+            actor.base = following
+            actor.write_checkpoint(following, ONE_FILE, slowly=True)
+
+    if following.other == world.first.other:
+        world.later(0.01, 0.3, write)
 
 
 def published_other(world: World) -> None:
+    if world.fixed and world.rng.random() < 0.5:
+        world.allow = True  # workers whose engine can't follow refuse it
     world.publish(other=True)
 
 

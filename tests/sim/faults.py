@@ -64,4 +64,9 @@ class Host:
         self.disk = Disk(lambda: int((run.now + WALL_S + self.clock_off_s) * 1e9))
         self.disk.make_folder("/tmp")
         self.cut_off_until = 0.0
-        self.rotten = False  # bit rot got at its disk since the last power cut
+        self.rotten_s = -1.0  # when bit rot got at its disk last
+
+    @property
+    def rotten(self) -> bool:
+        """Whether bit rot ever got at its disk."""
+        return self.rotten_s >= 0.0

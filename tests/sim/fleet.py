@@ -85,9 +85,9 @@ class WorkerActor:
             run.kill(process, "did not start")
         self._requests(worker, engine)
 
-    def _watch(self, what: str, staged: Any, changed: frozenset[str]) -> None:
+    def _watch(self, what: str, staged: Any, changed: frozenset[str]) -> Any:
         kernel().note(f"engine.{what} {staged.serving.version} {len(changed)} tensors")
-        self.world.oracle.touches_engine(self, what, staged, changed)
+        return self.world.oracle.given(self, what, staged)
 
     def _probed(self, fingerprint: bytes) -> bool:
         """Whether this worker wrote down what its engine answers at this version."""
@@ -109,7 +109,7 @@ class WorkerActor:
                     if run.rng.random() < 0.1:
                         run.sleep(run.rng.uniform(0.5, 2.0 if self.world.healing else 6.0))
             except NotServing:
-                self.world.oracle.refused_request(self)
+                self.world.oracle.checked["requests refused"] += 1
 
 
 class PublisherActor:
@@ -117,12 +117,13 @@ class PublisherActor:
 
     def __init__(self, world: World, name: str, host: Host, *, keep: int):
         self.world, self.name, self.host, self.keep = world, name, host, keep
+        self.records = f"/store/{MODEL}/records"
         self.key = world.keys[0] if world.keys else None
         self.daemon: Process | None = None
         self.daemon_wanted = False
         self.commands: list[Process] = []
         self.base: Content | None = None  # what the trainer wrote last
-        self.written = 0
+        self.writing = False  # whether the trainer is in the middle of a file
 
     def command(self, name: str, work: Callable[[Publisher], object], *, take_over: bool = False) -> Process:
         """Run `work` as one run of `refleet` would."""
@@ -197,7 +198,8 @@ class PublisherActor:
         def write(start: int) -> None:
             inode.write(content.file[start : start + step], start)
             inode.mtime_ns = disk.now_ns()
-            if start + step < len(content.file):
+            self.writing = start + step < len(content.file)
+            if self.writing:
                 run.call_at(run.now + run.rng.uniform(0.001, 0.015), lambda: write(start + step))
 
         write(0)

@@ -52,7 +52,7 @@ class Process:
     def __init__(self, kernel: Kernel, name: str, host: Any, pid: int):
         self.kernel, self.name, self.host, self.pid = kernel, name, host, pid
         self.tasks: list[Task] = []
-        self.alive, self.paused = True, False
+        self.alive, self.paused, self.resumed_s = True, False, 0.0
         self.held: list[Task] = []  # tasks that could run but for the pause
         self.files: dict[int, Any] = {}
         self.points: dict[str, int] = {}  # crash point -> passes that are left before the end
@@ -66,6 +66,7 @@ class Process:
         """As SIGSTOP and SIGCONT do."""
         self.paused = paused
         if not paused:
+            self.resumed_s = self.kernel.now
             self.kernel.ready += self.held
             self.held = []
 

@@ -28,8 +28,8 @@ WRITES = (
 #: what makes a server grow, which one that is full refuses
 _GROWS = ("append", "put_chunk", "offer", "ask", "ack", "beat")
 
-#: hears of every write that the server did: name and arguments
-OnEffect = Callable[[str, tuple[Any, ...]], None]
+#: hears of every write that the server did: name, arguments, result
+OnEffect = Callable[[str, tuple[Any, ...], Any], None]
 
 
 class Network:
@@ -145,7 +145,7 @@ class Connection:
 
     def _effect(self, stream: MemoryStream, name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         result = getattr(stream, name)(*args, **options)
-        self._net.on_effect(name, args)
+        self._net.on_effect(name, args, result)
         return result
 
     # ------------------------------------------------------------------ what may happen to each
@@ -184,7 +184,7 @@ class Reader:
         size: int = connection._read(
             "read_chunk", (self._payload_id, number, into), {"carrier": self._carrier, "wait_s": wait_s}
         )
-        connection._net.on_effect("chunk read", (self._payload_id, number, me().name, connection))
+        connection._net.on_effect("chunk read", (self._payload_id, number, id(connection), me().name), size)
         if size and faults.hit("chunk.flipped"):
             at = kernel().rng.randrange(size)
             into[at] ^= 1 << kernel().rng.randrange(8)

@@ -12,6 +12,7 @@ from refleet.publisher.published import Published
 from .contents import new_content
 from .events import happen, plan
 from .kernel import Kernel, activate, kernel
+from .observers import observed
 from .truth import need
 from .world import World
 
@@ -38,7 +39,7 @@ def run_seed(seed: int, *, trace: bool = False) -> Outcome:
     world = World(run, rng)
     error: BaseException | None = None
     try:
-        with world.oracle.observing():
+        with observed(world):
             play(world, plan(rng, length=rng.randrange(6, 16)))
     except Exception as found:
         error = found
@@ -76,9 +77,10 @@ def converge(world: World) -> None:
     run.run(lambda: not any(process.alive for process in world.leader.commands), for_s=30.0)
     run.run(for_s=2.0)
     _reach_head(world)
-    if world.restructured:
+    world.allow = True
+    if world.restructured and not world.fixed:
         # what a worker may have missed that was away when the structure changed, if the log was lost meanwhile
-        world.publish(other=True, take_over=True, allow=True)
+        world.publish(other=True, take_over=True)
         run.run(for_s=4.0)
     done: list[object] = []
 
@@ -87,7 +89,7 @@ def converge(world: World) -> None:
         done.append(published.wait(timeout_s=HEALED_S))
 
     last = new_content(world.rng, world.first)  # which every engine can take
-    world.publish(content=last, take_over=True, allow=True, then=wait)
+    world.publish(content=last, take_over=True, then=wait)
     run.run(lambda: bool(done), for_s=HEALED_S + 30)
     need(done, "I12", f"the fleet did not reach the last release: {_where(world)}")
     target = newest_release(world.peek, trust=world.trust)
@@ -107,6 +109,8 @@ def _reach_head(world: World) -> None:
     world.oracle.checked["head reached"] += 1
     reached = world.run.run(lambda: world.all_serve(head.order, or_failed=True), for_s=HEALED_S)
     need(reached, "I12", f"not every worker reached {head.order} {head.version}: {_where(world)}")
+    told = world.run.run(lambda: all(world.told_serving(actor) for actor in world.following()), for_s=HEALED_S)
+    need(told, "I10", f"not every worker acknowledged what it serves: {_where(world)}")
 
 
 def _where(world: World) -> str:

@@ -43,3 +43,9 @@ class Truth:
 
     def made(self, release: Release) -> bool:
         return self.releases.get((release.publisher, release.order)) == release
+
+    def content(self, fingerprint: bytes, invariant: str) -> Content:
+        found = self.contents.get(fingerprint)
+        need(found is not None, invariant, f"{fingerprint.hex()[:16]} is no state that the trainer ever wrote")
+        assert found is not None
+        return found

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from refleet.common import wire
 from refleet.common.memory_server import MemoryServer
 from refleet.common.memory_stream import MemoryStream
+from refleet.common.messages import Ack, Evidence
 from refleet.common.signing import SigningKey, Trust
-from refleet.common.store import Store
 from refleet.publisher.publish import Publisher
 
 from .contents import Content, new_content
@@ -22,6 +23,8 @@ from .network import Network
 from .oracle import Oracle
 from .truth import Violation
 
+#: a checkpoint that the trainer writes again and again
+ONE_FILE = "/ckpt/one.safetensors"
 #: two that publishers sign with, and one that nobody trusts
 KEYS = [SigningKey(Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32)) for number in (1, 2, 3)]
 TRUST = Trust({key.key_id: key._private.public_key() for key in KEYS[:2]})
@@ -47,6 +50,7 @@ class World:
         self.publishers = [self._publisher(name) for name in ("A", "B")]
         self.leader = self.publishers[0]
         self.fixed = rng.random() < 0.5  # engines that hold one structure only
+        self.allow = not self.fixed  # operators publish another structure, too
         self.first = new_content(rng, None)
         self.oracle.truth.add(self.first)
         self.workers: list[WorkerActor] = []
@@ -66,18 +70,15 @@ class World:
         if not isinstance(error, Violation):
             self.run.failed = self.run.failed or error
 
-    def _effect(self, name: str, args: tuple[Any, ...]) -> None:
-        self.oracle.effect(name, args)
-
-    def host_of(self, store: Store) -> Host:
-        assert self.run.current is not None
-        host: Host = self.run.current.process.host
-        return host
+    def _effect(self, name: str, args: tuple[Any, ...], result: Any) -> None:
+        self.oracle.ledger.effect(name, args, result)
 
     # ------------------------------------------------------------------ operators
 
-    def publish(self, *, other: bool = False, slowly: bool = False, content: Content | None = None,
-                take_over: bool = False, allow: bool = False, then: Callable[[Any], object] = lambda _: None) -> Process:  # fmt: skip
+    def publish(
+        self, *, other: bool = False, same_file: bool = False, content: Content | None = None, take_over: bool = False,
+        then: Callable[[Any], object] = lambda _: None,
+    ) -> Process:  # fmt: skip
         """The trainer writes a checkpoint; somebody publishes it."""
         actor = self.leader
         made = content or new_content(self.rng, actor.base or self.first, other=other)
@@ -85,13 +86,13 @@ class World:
         actor.base = made
         self.versions += 1
         version = f"v{self.versions}"
-        path = f"/ckpt/{'one' if slowly and not other else version}.safetensors"
-        actor.write_checkpoint(made, path, slowly=slowly)
+        path = ONE_FILE if same_file else f"/ckpt/{version}.safetensors"
+        actor.write_checkpoint(made, path, slowly=same_file)
 
         def work(publisher: Publisher) -> None:
             from .system import Path
 
-            then(publisher.publish(Path(path), version=version, allow_structure_change=allow or not self.fixed))
+            then(publisher.publish(Path(path), version=version, allow_structure_change=self.allow))
 
         return actor.command(f"publish-{version}", work, take_over=take_over)
 
@@ -101,10 +102,9 @@ class World:
 
         path, version, actor = f"/ckpt/v{self.versions}.safetensors", f"v{self.versions}", self.leader
         if path.rsplit("/", 1)[1] in getattr(actor.host.disk.folders.get("/ckpt"), "entries", ()):
-            allow = not self.fixed
             actor.command(
                 f"publish-{version}-again",
-                lambda publisher: publisher.publish(Path(path), version=version, allow_structure_change=allow),
+                lambda publisher: publisher.publish(Path(path), version=version, allow_structure_change=self.allow),
             )
 
     def rollback(self, *, then: Callable[[Any], object] = lambda _: None) -> Process | None:
@@ -113,7 +113,7 @@ class World:
         if not names:
             return None
         to = self.rng.choice(names)
-        return actor.command(f"rollback-{to}", lambda p: then(p.rollback(to, allow_structure_change=not self.fixed)))
+        return actor.command(f"rollback-{to}", lambda p: then(p.rollback(to, allow_structure_change=self.allow)))
 
     def collect(self) -> None:
         keep = self.rng.choice((1, 2, 3))
@@ -165,6 +165,7 @@ class World:
 
     def server_lost(self) -> None:
         self.lost_at = self.run.now
+        self.oracle.ledger.server_lost()
 
     def worker_died(self, actor: WorkerActor) -> None:
         """Whoever runs it starts it again."""
@@ -227,6 +228,14 @@ class World:
             if current is None or (current.epoch, current.seq) != order:
                 return False
         return True
+
+    def told_serving(self, actor: WorkerActor) -> bool:
+        """Whether the server holds the ack of what this worker serves, if that is the last that it accepted."""
+        current = actor.worker.gate.current if actor.worker else None
+        if current is None or (current.epoch, current.seq) != self.oracle.facts(actor).accepted:
+            return True
+        acks = [wire.unpack(data, Ack) for _, data in self.peek.last_acks(actor.id, 50)]
+        return any((ack.version, ack.evidence) == (current.version, Evidence.SERVING) for ack in acks)
 
     @property
     def restructured(self) -> bool:
