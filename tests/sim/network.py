@@ -38,6 +38,7 @@ class Network:
     def __init__(self, server: MemoryServer, model: str, faults: Faults, *, signed: bool, on_effect: OnEffect):
         self.server, self.model, self.faults, self.signed, self.on_effect = server, model, faults, signed, on_effect
         self.down_until = 0.0
+        self.starts = 0  # of the server: each resets what is in the middle of a call
         self.full = False
 
     def stream(self, host: Host) -> Connection:
@@ -101,9 +102,9 @@ class Connection:
         return Reader(self, payload_id, carrier)
 
     def _read(self, name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        self._request(name)
+        starts = self._request(name)
         found = getattr(self._inner, name)(*args, **options)
-        self._reply(name)
+        self._reply(name, starts)
         return found
 
     def _record(self, data: bytes, kind: str) -> bytes:
@@ -119,7 +120,7 @@ class Connection:
     # ------------------------------------------------------------------ writes
 
     def _write(self, name: str, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        self._request(name)
+        starts = self._request(name)
         faults, run = self._faults, kernel()
         if self._net.full and name in _GROWS:
             faults.count("server.full")
@@ -140,7 +141,7 @@ class Connection:
         if faults.hit("net.duplicate"):
             with suppress(RefleetError):
                 self._effect(self._inner, name, args, options)
-        self._reply(name)
+        self._reply(name, starts)
         return result
 
     def _effect(self, stream: MemoryStream, name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -150,7 +151,7 @@ class Connection:
 
     # ------------------------------------------------------------------ what may happen to each
 
-    def _request(self, name: str) -> None:
+    def _request(self, name: str) -> int:
         touch("send", name)
         run, faults = kernel(), self._faults
         run.sleep(run.rng.uniform(0.0005, 0.01))
@@ -163,10 +164,11 @@ class Connection:
         if faults.hit("net.refused"):
             raise StreamUnavailable(f"{name}: refused")
         run.note(name)
+        return self._net.starts
 
-    def _reply(self, name: str) -> None:
+    def _reply(self, name: str, starts: int) -> None:
         touch("receive the reply to", name)
-        if self._net.away(self.host):
+        if self._net.away(self.host) or starts != self._net.starts:
             raise StreamUnavailable(f"{name}: the connection broke")
         if self._faults.hit("net.lost-reply"):
             raise StreamUnavailable(f"{name}: the connection was reset before the reply")

@@ -213,11 +213,12 @@ def planted(bug: Bug) -> Iterator[None]:
 
 
 def hunt(bug: Bug, *, first: int = 0, seeds: int = 400) -> tuple[int | None, str]:
-    """The first of so many seeds that tells, and what it says."""
-    with installed(), planted(bug):
+    """The first of so many seeds that fails with the bug and holds without it, and what it says."""
+    with installed():
         for seed in range(first, first + seeds):
-            outcome = run_seed(seed)
+            with planted(bug):
+                error = run_seed(seed).error
             gc.collect()
-            if outcome.error is not None:
-                return seed, f"{type(outcome.error).__name__}: {outcome.error}"
+            if error is not None and run_seed(seed).error is None:
+                return seed, str(error)
     return None, ""

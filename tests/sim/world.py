@@ -164,7 +164,9 @@ class World:
         self.run.call_at(self.run.now + self.rng.uniform(low_s, high_s), action)
 
     def server_lost(self) -> None:
+        """It was started again, with less than it had."""
         self.lost_at = self.run.now
+        self.network.starts += 1
         self.oracle.ledger.server_lost()
 
     def worker_died(self, actor: WorkerActor) -> None:
