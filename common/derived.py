@@ -85,7 +85,7 @@ class Derived:
     def needs(self, digests: Iterable[bytes], *, whole: Callable[[bytes], bool]) -> tuple[set[bytes], set[str]]:
         """Digests that must be kept so that all of `digests` can be read, and the names of the files for it."""
         with self._guard:
-            needed, files, left = set(digests), set[str](), list(digests)
+            needed, files, left = set(digests), set[str](), sorted(digests)
             while left:
                 digest = left.pop()
                 file = None if whole(digest) else self._where.get(digest)
@@ -93,7 +93,7 @@ class Derived:
                     files.add(file.name)
                     new = file.bases - needed
                     needed |= new
-                    left += new
+                    left += sorted(new)
             return needed, files
 
     def forget(self, digest: bytes) -> None:
@@ -195,7 +195,7 @@ class Derived:
                 continue
             seen.add(each.name)
             stack.append((each, True))
-            lacking = (base for base in each.bases if self._memory.get(base) is None and base in self._where)
+            lacking = (base for base in sorted(each.bases) if self._memory.get(base) is None and base in self._where)
             older = [self._where[base] for base in lacking if not self._is_whole(base)]
             stack += [(below, False) for below in older if below.name < each.name]
 
