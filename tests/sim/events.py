@@ -6,6 +6,7 @@ import copy
 import random
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import refleet.common
@@ -48,7 +49,8 @@ def server_down(world: World) -> None:
 
 
 def server_empty(world: World) -> None:
-    """Killed and started without its memory."""
+    """Killed and started without its memory, maybe on another machine, whose clock is behind."""
+    world.server_off_s -= world.rng.choice((0.0, 0.0, 500.0))
     world.server.lose_everything()
     world.server_lost()
 
@@ -109,9 +111,9 @@ def forged_record(world: World) -> None:
     if not world.signed:
         return
     rng, server = world.rng, world.server
-    log, kind = server.entries(_log_key()), rng.randrange(6)
+    log, kind = server.entries(_log_key()), rng.randrange(7)
     old = [data for _, data in sorted(log.by_id.items())]
-    at = (log.last[0] + rng.choice((0, 0, 1, 3)), log.last[1] + 1)
+    at = (log.last[0] + (rng.choice((0, 0, 1, 3)) if kind != 6 else 0), log.last[1] + 1)
     if not old or kind == 0:
         data = rng.randbytes(rng.choice((0, 1, 40, 3000)))
     elif kind == 1:
@@ -129,16 +131,15 @@ def forged_record(world: World) -> None:
 
 
 def _made_up(data: bytes, at: tuple[int, int], kind: int) -> bytes:
-    """A release for the place `at`: unsigned, by a foreign key, or of another model under a good key."""
-    from dataclasses import replace
-
+    """A release for the place `at`: unsigned, by a foreign key, or under a good key: of another model, or of a second
+    publisher in the epoch of the last one."""
     try:
         release = wire.unpack(open_envelope(data, None).payload, Release)
     except ProtocolError:
         return data
-    model = "other" if kind == 5 else MODEL
-    moved = replace(release, epoch=at[0], seq=at[1], model=model, version="forged")
-    return seal(wire.pack(moved), {3: None, 4: KEYS[2], 5: KEYS[0]}[kind])
+    model, publisher = "other" if kind == 5 else MODEL, "f" * 32 if kind == 6 else release.publisher
+    moved = replace(release, epoch=at[0], seq=at[1], model=model, version="forged", publisher=publisher)
+    return seal(wire.pack(moved), {3: None, 4: KEYS[2], 5: KEYS[0], 6: KEYS[0]}[kind])
 
 
 def replayed_from_elsewhere(world: World) -> None:

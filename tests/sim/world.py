@@ -43,7 +43,8 @@ class World:
         self.failures: Counter[str] = Counter()
         self.spoiled: set[str] = set()  # payloads that the world took chunks of
         self.lost_at = -1.0  # when the server lost payloads last
-        self.server = MemoryServer(clock=lambda: run.now + 1000.0)
+        self.server_off_s = 0.0  # its clock
+        self.server = MemoryServer(clock=lambda: run.now + 100_000.0 + self.server_off_s)
         self.oracle = Oracle(self)
         self.network = Network(self.server, MODEL, self.faults, signed=self.signed, on_effect=self._effect)
         self.peek = MemoryStream(self.server, MODEL)
