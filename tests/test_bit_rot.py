@@ -195,6 +195,24 @@ def test_rot_in_a_manifest_costs_a_transfer_and_nothing_else(small_world: World,
 # ---------------------------------------------------------------------- the publisher's store
 
 
+def test_rot_in_the_base_while_a_worker_waits_changes_what_it_asks_for(small_world: World, until: Until) -> None:
+    """What it shows as held must not be what it held when it began to wait: no answer to that would ever do."""
+    publisher, worker = small_world.publisher(answer=False), small_world.worker()
+    first = publisher.publish(checkpoint(1), version="v1").release
+    worker.wait("v1", timeout_s=20)
+    lost = publisher.stream.append
+    publisher.stream.append = lambda *args, **options: (  # type: ignore[method-assign]
+        publisher.stream.drop_payload(publisher.book.payloads()[0].payload_id), lost(*args, **options),
+    )  # fmt: skip
+    publisher.publish(checkpoint(2), version="v2")
+    until(lambda: worker.board.status.want, "it asks for v2")
+    assert worker.board.status.have == (first.fingerprint,)
+    flip(worker.store.root / "manifests" / first.fingerprint.hex(), at=60)
+    until(lambda: worker.board.status.have == (), "it shows that it holds nothing to build on any more")
+    small_world.publisher(answer=True).rollback("v2")
+    assert worker.wait("v2", timeout_s=20).version == "v2"
+
+
 def test_a_delta_is_encoded_without_a_damaged_base_tensor(small_world: World) -> None:
     world = small_world
     first = checkpoint(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from refleet.common.errors import (
@@ -15,10 +16,12 @@ from refleet.common.errors import (
     VersionExists,
     WorkerFailed,
 )
-from refleet.common.messages import Evidence
+from refleet.common.messages import Evidence, Failure
 from refleet.common.signing import SigningKey, Trust
 from refleet.common.types import Manifest, TensorSpec
+from refleet.publisher.fleet import WorkerView
 from refleet.publisher.verify import verify
+from refleet.publisher.wait import _check_refusal
 from refleet.worker.memory_engine import MemoryEngine
 from world import World, checkpoint, holds, reason, served
 
@@ -289,3 +292,16 @@ def test_waiting_ends_at_once_with_the_reason_of_a_worker_that_refuses_the_relea
     foreign = small_world.publisher(key=other).publish(checkpoint(2), version="v2")
     assert "UnknownKey" in str(reason(lambda: foreign.wait(workers=1, timeout_s=60)))
     small_world.publisher(key=trusted).publish(checkpoint(3), version="v3").wait(workers=1)
+
+
+def test_what_a_worker_refused_at_this_place_before_the_log_was_lost_is_not_this_release(small_world: World) -> None:
+    """The numbers of a forged entry come again when the server forgot it."""
+    worker = small_world.worker()
+    published = small_world.publisher().publish(checkpoint(1), version="v1")
+    worker.wait("v1", timeout_s=20)
+    order = published.release.order
+    old = Failure("BadSignature", f"log entry {order[0]}-{order[1]}: an unsigned record", None)
+    status = replace(worker.board.status, last_refusal=old)
+    _check_refusal(published.release, WorkerView("w0", status, 0.0, None))
+    refused = WorkerView("w0", replace(status, target=None), 0.0, None)
+    assert isinstance(reason(lambda: _check_refusal(published.release, refused)), WorkerFailed)

@@ -55,6 +55,12 @@ def server_empty(world: World) -> None:
     world.server_lost()
 
 
+def usurped(world: World) -> None:
+    """The other store takes over before the workers' heartbeats, which would tell it the epoch, are back."""
+    server_empty(world)
+    world.take_over()
+
+
 def server_snapshot(world: World) -> None:
     world.snapshot = copy.deepcopy((world.server._values, world.server._until))
 
@@ -111,9 +117,9 @@ def forged_record(world: World) -> None:
     if not world.signed:
         return
     rng, server = world.rng, world.server
-    log, kind = server.entries(_log_key()), rng.randrange(7)
+    log, kind = server.entries(_log_key()), rng.randrange(6)
     old = [data for _, data in sorted(log.by_id.items())]
-    at = (log.last[0] + (rng.choice((0, 0, 1, 3)) if kind != 6 else 0), log.last[1] + 1)
+    at = (log.last[0] + rng.choice((0, 0, 1, 3)), log.last[1] + 1)
     if not old or kind == 0:
         data = rng.randbytes(rng.choice((0, 1, 40, 3000)))
     elif kind == 1:
@@ -131,15 +137,14 @@ def forged_record(world: World) -> None:
 
 
 def _made_up(data: bytes, at: tuple[int, int], kind: int) -> bytes:
-    """A release for the place `at`: unsigned, by a foreign key, or under a good key: of another model, or of a second
-    publisher in the epoch of the last one."""
+    """A release for the place `at`: unsigned, by a foreign key, or of another model under a good key."""
     try:
         release = wire.unpack(open_envelope(data, None).payload, Release)
     except ProtocolError:
         return data
-    model, publisher = "other" if kind == 5 else MODEL, "f" * 32 if kind == 6 else release.publisher
-    moved = replace(release, epoch=at[0], seq=at[1], model=model, version="forged", publisher=publisher)
-    return seal(wire.pack(moved), {3: None, 4: KEYS[2], 5: KEYS[0], 6: KEYS[0]}[kind])
+    model = "other" if kind == 5 else MODEL
+    moved = replace(release, epoch=at[0], seq=at[1], model=model, version="forged")
+    return seal(wire.pack(moved), {3: None, 4: KEYS[2], 5: KEYS[0]}[kind])
 
 
 def replayed_from_elsewhere(world: World) -> None:
@@ -311,7 +316,7 @@ def _worker(world: World, fits: Callable[[WorkerActor], bool]) -> WorkerActor | 
 EVENTS: dict[Callable[[World], object], int] = {
     published: 30, published_while_written: 6, published_other: 3, published_again: 3, rolled_back: 12,
     World.collect: 4, World.verify: 6, World.rotate_key: 2, World.take_over: 3, joined: 5, left: 3, rejoined: 4,
-    twin: 2, server_down: 4, server_empty: 3, server_snapshot: 3, server_older: 3, server_full: 3, log_trimmed: 3,
+    twin: 2, server_down: 4, server_empty: 3, usurped: 2, server_snapshot: 3, server_older: 3, server_full: 3, log_trimmed: 3,
     payload_lost: 4, chunk_rotted: 4, forged_record: 5, replayed_from_elsewhere: 2, killed: 6, killed_at_point: 10,
     killed_at_io: 10, power_cut: 5, frozen: 4, cut_off: 4, disk_full: 4, disk_slow: 2, disk_rotted: 4,
     clock_jumped: 3, engine_rotted: 2,
