@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import pytest
 import torch
 from refleet.common.errors import (
     DeadlineExceeded,
@@ -19,7 +20,8 @@ from refleet.common.errors import (
 from refleet.common.messages import Evidence, Failure
 from refleet.common.signing import SigningKey, Trust
 from refleet.common.types import Manifest, TensorSpec
-from refleet.publisher.fleet import WorkerView
+from refleet.publisher import claim
+from refleet.publisher.fleet import Fleet, WorkerView
 from refleet.publisher.verify import verify
 from refleet.publisher.wait import _check_refusal
 from refleet.worker.memory_engine import MemoryEngine
@@ -305,3 +307,23 @@ def test_what_a_worker_refused_at_this_place_before_the_log_was_lost_is_not_this
     _check_refusal(published.release, WorkerView("w0", status, 0.0, None))
     refused = WorkerView("w0", replace(status, target=None), 0.0, None)
     assert isinstance(reason(lambda: _check_refusal(published.release, refused)), WorkerFailed)
+
+
+def test_an_epoch_that_was_claimed_again_in_an_emptied_server_is_left_by_the_next_command(
+    small_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I13, I14: workers believe the first store in that epoch, and must not be left without any."""
+    first = small_world.publisher("first", answer=False)
+    worker = small_world.worker()
+    first.publish(checkpoint(1), version="v1").wait(workers=1, timeout_s=20)
+    small_world.carrier.lose()
+    with monkeypatch.context() as early:  # before the heartbeats are back
+        early.setattr(claim, "fleet", lambda stream: Fleet(stream.model, None, ()))
+        second = small_world.publisher("second", answer=False)
+        refused = second.publish(checkpoint(2), version="v2")
+    assert refused.release.epoch == 1, "the same epoch twice"
+    assert isinstance(reason(lambda: refused.wait(workers=1, timeout_s=0.5)), DeadlineExceeded | WorkerFailed)
+    published = small_world.publisher("second").publish(checkpoint(3), version="v3")
+    assert published.release.epoch == 2
+    published.wait(workers=1, timeout_s=20)
+    assert holds(worker, checkpoint(3))

@@ -84,8 +84,8 @@ class Ledger:
         """I14: no epoch comes twice, as far as anybody can know that."""
         self.checked["I14"] += 1
         self.epoch = max(self.epoch, epoch)
-        if kernel().now < self.world.lost_at + _HEARD_AGAIN_S:
-            return
+        if epoch == lease.epoch or kernel().now < self.world.lost_at + _HEARD_AGAIN_S:
+            return  # it is kept, or nobody could know
         for worker in self.world.workers:
             settled = kernel().now - _HEARD_AGAIN_S > max(worker.started_s, worker.host.cut_off_until)
             facts = self.world.oracle.workers.get(worker.host.name)
