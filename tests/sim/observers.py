@@ -11,7 +11,7 @@ from refleet.common.messages import Release
 from refleet.common.store import Store
 from refleet.publisher.book import Book
 from refleet.publisher.publish import Publisher
-from refleet.worker import pursue
+from refleet.worker import staging
 from refleet.worker.receive import Body
 
 from .kernel import kernel
@@ -66,7 +66,7 @@ def observed(world: World) -> Iterator[None]:
         for owner, name, hook in (
             (Book, "save_release", save_release), (Book, "drop_release", drop_release),
             (Publisher, "_collect", collect), (Store, "collect", collect_store), (Body, "__init__", begin),
-            (pursue, "verify", verify),
+            (staging, "verify", verify),
         ):  # fmt: skip
             patched.enter_context(patch.object(owner, name, _around(getattr(owner, name), hook)))
         yield
