@@ -32,7 +32,7 @@ class Report:
         self.virtual_s += outcome.virtual_s
         self.counts += outcome.counts
         if outcome.error is not None:
-            self.failures.append((outcome.seed, f"{type(outcome.error).__name__}: {outcome.error}"))
+            self.failures.append((outcome.seed, outcome.error))
 
     @property
     def silent(self) -> list[str]:
@@ -81,6 +81,8 @@ def _one(seed: int, *, trace: bool) -> int:
     with installed():
         outcome = run_seed(seed, trace=trace)
     print("\n".join(outcome.trace), end="\n" if trace else "")
+    if outcome.error:
+        print(outcome.where)
     print(f"seed {seed}: {outcome.steps} steps, {outcome.virtual_s:.0f} s of virtual time, {outcome.error or 'all holds'}")
     return 1 if outcome.error else 0
 

@@ -56,9 +56,12 @@ def server_empty(world: World) -> None:
 
 
 def usurped(world: World) -> None:
-    """The other store takes over before the workers' heartbeats, which would tell it the epoch, are back."""
+    """The other store takes over an emptied server before the workers, which would tell it the epoch, are back."""
     server_empty(world)
+    for actor in world.workers:
+        actor.host.cut_off_until = world.run.now + world.rng.uniform(2.0, 6.0)
     world.take_over()
+    world.later(0.3, 1.5, world.publish)
 
 
 def server_snapshot(world: World) -> None:
@@ -268,7 +271,7 @@ def published_while_written(world: World) -> None:
             actor.write_checkpoint(following, ONE_FILE, slowly=True)
 
     if following.other == world.first.other:
-        world.later(0.01, 0.3, write)
+        world.later(0.03, 0.25, write)
 
 
 def published_other(world: World) -> None:

@@ -123,7 +123,8 @@ class Ledger:
         """I23: the rollback window is there, and the target in it."""
         self.checked["I23"] += 1
         store = publisher.store
-        made = sorted(order for by, order in self.durable if by == store.id)
+        records = process().host.disk.folders[f"{store.root}/records"].entries
+        made = sorted(tuple(map(int, name.split("-")[1:])) for name in records if name.startswith("release-"))
         newest = [self.truth.releases[store.id, order].fingerprint for order in reversed(made)]
         window = list(dict.fromkeys(newest))
         for fingerprint in window[:keep]:

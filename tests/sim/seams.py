@@ -65,6 +65,8 @@ _PLACES: dict[Any, Any] = {
 @contextmanager
 def installed() -> Iterator[None]:
     """During the block refleet runs on the active kernel. Not to be nested."""
+    gc.collect()
+    gc.freeze()  # what is here before any run is not looked at after each of them
     undo = _swapped()
     hook = sys.unraisablehook
     # what a killed process left is finalized some time, which has no effect and is no news
@@ -73,6 +75,7 @@ def installed() -> Iterator[None]:
         yield
     finally:
         gc.collect()  # before a leftover could reach the real modules
+        gc.unfreeze()
         sys.unraisablehook = hook
         for where, name, value in reversed(undo):
             if isinstance(where, dict):

@@ -121,6 +121,8 @@ def os_pread(fd: int, size: int, at: int) -> bytes:
 def os_preadv(fd: int, views: list[memoryview], at: int) -> int:
     (view,) = views
     touch("read", _file(fd).path)
+    if kernel().rng.random() < 0.3:
+        kernel().sleep(kernel().rng.uniform(0.0, 0.006))
     data = _file(fd).inode.data[at : at + len(view)]
     view[: len(data)] = data
     return len(data)

@@ -241,6 +241,14 @@ class World:
         return any((ack.version, ack.evidence) == (current.version, Evidence.SERVING) for ack in acks)
 
     @property
+    def numbered_twice(self) -> bool:
+        """Whether two stores published in one epoch, which only a server that was emptied makes possible."""
+        publishers: dict[int, set[str]] = {}
+        for publisher, (epoch, _) in self.oracle.truth.releases:
+            publishers.setdefault(epoch, set()).add(publisher)
+        return any(len(found) > 1 for found in publishers.values())
+
+    @property
     def restructured(self) -> bool:
         """Whether a version of the other structure was ever released."""
         return any(self.oracle.truth.contents[r.fingerprint].other for r in self.oracle.truth.releases.values())
