@@ -40,6 +40,7 @@ class SimEngine(MemoryEngine):
         self.changes = 0
         self.applying = False
         self.rotten: dict[str, float] = {}  # tensors that changed by themselves, and when; until they are written
+        self.read_s: dict[str, float] = {}  # when each tensor was read back last
         self._may_lie, self._applied = may_lie, b""  # asked about the fingerprint applied last
         self.tensors = _Cells(self, self.tensors)
 
@@ -73,6 +74,7 @@ class SimEngine(MemoryEngine):
 
     def read_back(self, names: Iterable[str], digest: Any = tensor_digest_of) -> Iterator[tuple[str, bytes]]:
         for name, found in super().read_back(names, digest):
+            self.read_s[name] = kernel().now
             kernel().maybe()
             yield name, digest_of(found) if self._faults.hit("engine.lies-read-back") else found
 

@@ -327,15 +327,15 @@ EVENTS: dict[Callable[[World], object], int] = {
 NAMES = {event.__name__: event for event in EVENTS}
 
 
-def plan(rng: random.Random, *, length: int) -> list[tuple[float, str]]:
-    """(when, what) of one run: a few kinds of events, so that each run goes deep somewhere."""
-    always = ["published", "rolled_back"]
+def plan(rng: random.Random, *, length: int, focus: tuple[str, ...] = ()) -> list[tuple[float, str]]:
+    """(when, what) of one run: a few kinds of events, those in `focus` among them, so that each goes deep somewhere."""
+    always = ["published", "rolled_back", *focus]
     others = sorted(NAMES.keys() - set(always))
     chosen = always + rng.sample(others, rng.randrange(3, 9))
-    weights = [EVENTS[NAMES[name]] + (6 if name not in always else 0) for name in chosen]
+    weights = [EVENTS[NAMES[name]] + (0 if name in always[:2] else 6) for name in chosen]
     at, found = 0.0, []
     for name in rng.choices(chosen, weights, k=length):
-        at += rng.expovariate(1 / 1.6)
+        at += rng.expovariate(1 / 1.2)
         found.append((at, name))
     return found
 

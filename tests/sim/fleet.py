@@ -73,7 +73,7 @@ class WorkerActor:
         try:
             worker = Worker(
                 stream, model=MODEL, engine=engine, state_dir=Path("/state"), worker_id=self.id, trust=self.trust,
-                keep=self.keep, stale_after_s=STALE_S, drain_s=4.0, poll_s=_POLL_S,
+                keep=self.keep, heartbeat_s=1.5, stale_after_s=STALE_S, drain_s=4.0, poll_s=_POLL_S,
                 on_event=lambda event: run.note(f"{event.state}: {event.text.splitlines()[0]}"),
             )  # fmt: skip
             worker.acks.listen(lambda ack: world.oracle.acked(self, ack))

@@ -207,7 +207,7 @@ class Oracle:
                 need(first == ack.probe == engine.true_probe(), "I8",
                      f"{actor.id} answers {release.version} otherwise than the first time")  # fmt: skip
         if ack.verified is not None and ack.verified.ok:
-            rotten = [name for name, since in engine.rotten.items() if since < kernel().now - 1.0]
+            rotten = [name for name, since in engine.rotten.items() if since < engine.read_s.get(name, 0.0)]
             need(not rotten, "I4", f"{actor.id} verified an engine whose {rotten} rotted")
 
     def _release(self, ack: Ack) -> Release:

@@ -34,6 +34,7 @@ class Bug:
     invariant: str
     name: str
     breaks: tuple[Break, ...]
+    focus: tuple[str, ...] = ()  # events without which it can't show
 
 
 class _Anything(bytes):
@@ -179,24 +180,29 @@ PLANTED = (
     Bug("I4", "verify says that all is right without reading back", ((pursue, "answer", _all_is_well),)),
     Bug("I5", "a failed apply is not undone", ((apply, "_restore", always(None)),)),
     Bug("I6", "a worker accepts releases in any order", ((Follower, "_judge", _any_order),)),
-    Bug("I7", "a publisher numbers by the server alone", ((publish, "max", lambda _: lambda _own, server: server),)),
+    Bug("I7", "a publisher numbers by its own count alone", ((publish, "max", lambda _: lambda own, _server: own),),
+        ("forged_record",)),
     Bug("I8", "probes are not compared with the first time", ((apply, "prove_probe", lambda _: lambda e, *_: e.probe()),)),
     Bug("I9", "signatures are not checked", ((follow, "open_envelope", lambda o: lambda data, _trust: o(data, None)),)),
     Bug("I10", "what was acknowledged is not acknowledged again", ((Pursuit, "acknowledge_again", always(None)),)),
     Bug("I11", "a worker that lacks bytes does not ask for them", ((staging.Staging, "_ask", always(None)),)),
     Bug("I12", "a reader does not notice that the server lost data", ((Follower, "_after_silence", always(News())),)),
-    Bug("I13", "a worker believes a second publisher within an epoch", ((Follower, "_judge", _first_of_epoch_forgotten),)),
+    Bug("I13", "a worker believes a second publisher within an epoch", ((Follower, "_judge", _first_of_epoch_forgotten),),
+        ("usurped",)),
     Bug("I13", "the server's fence is open", ((MemoryStream, "_fence", lambda _: _open_fence),)),
-    Bug("I14", "a claim does not ask the workers", ((claim, "fleet", lambda _: lambda s: Fleet(s.model, None, ())),)),
+    Bug("I14", "a claim does not ask the workers", ((claim, "fleet", lambda _: lambda s: Fleet(s.model, None, ())),),
+        ("server_empty", "take_over")),
     Bug("I15", "a chunk of a payload is forgotten", ((payloads.Outgoing, "_put", _second_chunk_forgotten),)),
-    Bug("I16", "nobody looks whether the checkpoint changed", ((source_file.SourceFile, "_compare", always(None)),)),
+    Bug("I16", "nobody looks whether the checkpoint changed", ((source_file.SourceFile, "_compare", always(None)),),
+        ("published_while_written",)),
     Bug("I17", "a worker fetches what its engine can't hold", ((staging, "partial", lambda _: lambda *_a, **_o: lambda _m: None),)),
     Bug("I17", "a change of structure is not told", ((publish, "restructures", always(False)),)),
     Bug("I18", "changes of a sign bit are overlooked", ((compare, "changed", _mantissa_only),)),
     Bug("I19", "a wrong chunk is read again without end", ((receive, "_READS", lambda _: 10**9),)),
     Bug("I20", "silence is not told", ((Board, "silent", lambda _: property(lambda _board: False)),)),
     Bug("I23", "the rollback window is not kept", ((publish, "reasons_to_keep", _target_only),)),
-    Bug("I23", "retention does not look at deltas that others added", ((Store, "collect", _deltas_as_remembered),)),
+    Bug("I23", "retention does not look at deltas that others added", ((Store, "collect", _deltas_as_remembered),),
+        ("disk_slow",)),
     Bug("I24", "a worker's record is not synced", ((Store, "put_record", _unsynced),)),
     Bug("I24", "a release is not synced", ((Store, "put_records", _unsynced_all),)),
 )  # fmt: skip
@@ -216,7 +222,7 @@ def hunt(bug: Bug, *, first: int = 0, seeds: int = 400) -> tuple[int | None, str
     with installed():
         for seed in range(first, first + seeds):
             with planted(bug):
-                error = run_seed(seed).error
-            if error is not None and run_seed(seed).error is None:
+                error = run_seed(seed, focus=bug.focus).error
+            if error is not None and run_seed(seed, focus=bug.focus).error is None:
                 return seed, error
     return None, ""

@@ -33,12 +33,12 @@ class Outcome:
     where: str = ""  # of the error, in the code
 
 
-def run_seed(seed: int, *, trace: bool = False) -> Outcome:
-    """Must be called inside `seams.installed()`."""
+def run_seed(seed: int, *, trace: bool = False, focus: tuple[str, ...] = ()) -> Outcome:
+    """Must be called inside `seams.installed()`. `focus`: events that happen in it."""
     collects = gc.isenabled()
     gc.disable()  # what garbage does when it goes must not depend on when it goes
     try:
-        return _run(seed, trace=trace)
+        return _run(seed, trace, focus)
     finally:
         activate(Kernel(0))
         gc.collect()
@@ -46,7 +46,7 @@ def run_seed(seed: int, *, trace: bool = False) -> Outcome:
             gc.enable()
 
 
-def _run(seed: int, *, trace: bool) -> Outcome:
+def _run(seed: int, trace: bool, focus: tuple[str, ...]) -> Outcome:
     lines: list[str] = []
     run = Kernel(seed, trace=lines if trace else None)
     activate(run)
@@ -55,7 +55,7 @@ def _run(seed: int, *, trace: bool) -> Outcome:
     error, where = None, ""
     try:
         with observed(world):
-            play(world, plan(rng, length=rng.randrange(6, 16)))
+            play(world, plan(rng, length=rng.randrange(6, 16), focus=focus))
     except Exception as found:
         error = f"{found}" if isinstance(found, Violation) else f"{type(found).__name__}: {found}"
         where = traceback.format_exc()

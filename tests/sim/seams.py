@@ -42,9 +42,9 @@ SMALL = replace(LIMITS, chunk_bytes=192, block_bytes=256)
 SETTINGS: dict[str, dict[str, Any]] = {
     "refleet.publisher.payloads": {"_POLL_S": 0.5, "LIMITS": SMALL},
     "refleet.common.delta": {"LIMITS": SMALL},
-    "refleet.publisher.service": {"_POLL_S": 0.7},
-    "refleet.publisher.wait": {"_POLL_S": 1.0},
-    "refleet.publisher.verify": {"_POLL_S": 1.0},
+    "refleet.publisher.service": {"_POLL_S": 1.2, "_UPKEEP_S": 2.0},
+    "refleet.publisher.wait": {"_POLL_S": 2.0},
+    "refleet.publisher.verify": {"_POLL_S": 2.0},
     "refleet.common.records": {"_POLL_S": 0.2},
     "refleet.common.memory": {"POOLED_BYTES": 16},
 }
