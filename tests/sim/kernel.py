@@ -84,7 +84,7 @@ class Kernel:
         self.check: Callable[[], None] = lambda: None
         self.on_error: Callable[[Task, BaseException], None] = lambda task, error: None
         self.steps, self._most_steps = 0, most_steps
-        self.failed: BaseException | None = None  # ends the run after the step at hand
+        self.failed: Exception | None = None  # ends the run after the step at hand
         self.passed: Counter[str] = Counter()  # crash points
         self._timers: list[tuple[float, int, Task | None, int, Callable[[], None] | None]] = []
         self._numbers = count(1)

@@ -34,7 +34,7 @@ class Bug:
     invariant: str
     name: str
     breaks: tuple[Break, ...]
-    focus: tuple[str, ...] = ()  # events without which it can't show
+    focus: tuple[str, ...] = ()  # events and faults without which it can't show
 
 
 class _Anything(bytes):
@@ -175,14 +175,17 @@ PLANTED = (
         (receive, "digest_of", lambda original: lambda data: _Anything(original(data))),
         (stage, "matching", lambda _: lambda data, _d: [True for _ in data]),
     )),
-    Bug("I3", "what is on the disk is not hashed again before it is applied", ((staging, "verify", always(None)),)),
+    Bug("I3", "what is on the disk is not hashed again before it is applied", ((staging, "verify", always(None)),),
+        ("disk_rotted",)),
     Bug("I4", "STAGED is told as SERVING", ((Pursuit, "_ack", _ack_early),)),
-    Bug("I4", "verify says that all is right without reading back", ((pursue, "answer", _all_is_well),)),
+    Bug("I4", "verify says that all is right without reading back", ((pursue, "answer", _all_is_well),),
+        ("engine_rotted", "verify")),
     Bug("I5", "a failed apply is not undone", ((apply, "_restore", always(None)),)),
     Bug("I6", "a worker accepts releases in any order", ((Follower, "_judge", _any_order),)),
     Bug("I7", "a publisher numbers by its own count alone", ((publish, "max", lambda _: lambda own, _server: own),),
         ("forged_record",)),
-    Bug("I8", "probes are not compared with the first time", ((apply, "prove_probe", lambda _: lambda e, *_: e.probe()),)),
+    Bug("I8", "probes are not compared with the first time", ((apply, "prove_probe", lambda _: lambda e, *_: e.probe()),),
+        ("engine.lies-probe",)),
     Bug("I9", "signatures are not checked", ((follow, "open_envelope", lambda o: lambda data, _trust: o(data, None)),)),
     Bug("I10", "what was acknowledged is not acknowledged again", ((Pursuit, "acknowledge_again", always(None)),)),
     Bug("I11", "a worker that lacks bytes does not ask for them", ((staging.Staging, "_ask", always(None)),)),
@@ -195,7 +198,8 @@ PLANTED = (
     Bug("I15", "a chunk of a payload is forgotten", ((payloads.Outgoing, "_put", _second_chunk_forgotten),)),
     Bug("I16", "nobody looks whether the checkpoint changed", ((source_file.SourceFile, "_compare", always(None)),),
         ("published_while_written",)),
-    Bug("I17", "a worker fetches what its engine can't hold", ((staging, "partial", lambda _: lambda *_a, **_o: lambda _m: None),)),
+    Bug("I17", "a worker fetches what its engine can't hold", ((staging, "partial", lambda _: lambda *_a, **_o: lambda _m: None),),
+        ("published_other",)),
     Bug("I17", "a change of structure is not told", ((publish, "restructures", always(False)),)),
     Bug("I18", "changes of a sign bit are overlooked", ((compare, "changed", _mantissa_only),)),
     Bug("I19", "a wrong chunk is read again without end", ((receive, "_READS", lambda _: 10**9),)),

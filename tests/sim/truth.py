@@ -24,9 +24,8 @@ class Violation(AssertionError):
 def need(holds: object, invariant: str, what: str) -> None:
     """Ends the run unless it `holds`, also where the production code catches what is raised here."""
     if not holds:
-        violation = Violation(invariant, what)
-        kernel().failed = kernel().failed or violation
-        raise violation
+        kernel().failed = kernel().failed or Violation(invariant, what)
+        raise kernel().failed
 
 
 @dataclass
