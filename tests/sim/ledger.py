@@ -119,18 +119,21 @@ class Ledger:
 
     # ------------------------------------------------------------------ retention
 
-    def collected(self, publisher: Publisher, keep: int) -> None:
-        """I23: the rollback window is there, and the target in it."""
-        self.checked["I23"] += 1
+    def collects(self, publisher: Publisher, keep: int) -> list[bytes]:
+        """The versions that this retention must leave; the others may go from now on."""
         store = publisher.store
         records = process().host.disk.folders[f"{store.root}/records"].entries
         made = sorted(tuple(map(int, name.split("-")[1:])) for name in records if name.startswith("release-"))
         newest = [self.truth.releases[store.id, order].fingerprint for order in reversed(made)]
         window = list(dict.fromkeys(newest))
-        for fingerprint in window[:keep]:
-            if (store.id, fingerprint) not in self._gone:
-                self.complete(store, fingerprint, f"one of the last {keep}")
         self._gone.update((store.id, fingerprint) for fingerprint in window[keep:])
+        return [fingerprint for fingerprint in window[:keep] if (store.id, fingerprint) not in self._gone]
+
+    def collected(self, store: Store, window: list[bytes]) -> None:
+        """I23: the rollback window is there, and the target in it."""
+        self.checked["I23"] += 1
+        for fingerprint in window:
+            self.complete(store, fingerprint, f"one of the last {len(window)}")
 
     def complete(self, store: Store, fingerprint: bytes, why: str) -> None:
         """Whether all of a version is in a store that no fault got at."""

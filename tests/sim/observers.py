@@ -41,8 +41,9 @@ def observed(world: World) -> Iterator[None]:
         do(book, release, **options)
 
     def collect(do: Any, publisher: Publisher, keep: int, **options: Any) -> Any:
+        window = ledger.collects(publisher, keep)
         found = do(publisher, keep, **options)
-        ledger.collected(publisher, keep)
+        ledger.collected(publisher.store, window)
         return found
 
     def collect_store(do: Any, store: Store, *rest: Any, **options: Any) -> Any:
