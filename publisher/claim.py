@@ -82,6 +82,7 @@ class Claim:
             head, lease = self.book.head(), self.lease()
             if head is None or head.epoch != lease.epoch or self.stream.last_ids()[0] >= head.order:
                 return False
+            self.store.settle_records()  # whoever recorded it may have died before it was durable
             self.stream.append(lease, head.seq, self.book.release_bytes(head), ttl_s=LEASE_S)
         self._notify(f"the server did not have release {head.version!r}: written again")
         return True

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from refleet.common import named_records
 from refleet.common.errors import CheckpointChanged, StreamUnavailable, VersionExists
 from refleet.common.store import ANCHOR_EVERY
 from refleet.publisher import Publisher
@@ -208,3 +209,18 @@ def test_the_payload_of_a_release_that_the_server_did_not_take_yet_is_kept(
     assert head is not None and head.version == "v2" and head.payload is not None
     publisher._payloads.clean(fleet(publisher.stream))  # as making room for another payload does
     assert publisher.stream.payload_chunks(head.payload.payload_id) > 0
+
+
+def test_a_release_that_another_process_recorded_is_durable_before_it_is_written_again(
+    small_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I24: that process may have died right after the record got its name."""
+    publisher = small_world.publisher(answer=False)
+    publisher.publish(checkpoint(1), version="v1")
+    small_world.carrier.lose("log")
+    steps: list[object] = []
+    append = publisher.stream.append
+    monkeypatch.setattr(named_records, "sync_path", steps.append)
+    monkeypatch.setattr(publisher.stream, "append", lambda *a, **o: (steps.append("append"), append(*a, **o)))
+    assert publisher.claim.heal()
+    assert steps == [publisher.store.root / "records", "append"]
