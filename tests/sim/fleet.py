@@ -38,6 +38,7 @@ class WorkerActor:
         self.engine: SimEngine | None = None
         self.wanted = False  # whether it should be running
         self.started_s = 0.0
+        self.seen: tuple[Any, ...] = ()  # what the oracle looked at last
         self.trust = world.trust
 
     def start(self) -> None:

@@ -76,6 +76,7 @@ class Kernel:
 
     def __init__(self, seed: int, *, trace: list[str] | None = None, most_steps: int = 400_000):
         self.rng = random.Random(f"steps {seed}")  # who runs next, and how long things take
+        self.random = self.rng.random
         self.ids = random.Random(f"ids {seed}")  # random numbers of the production code
         self.now = 0.0
         self.ready: list[Task] = []
@@ -162,17 +163,20 @@ class Kernel:
     def give_way(self) -> None:
         """Let the seed decide who goes on."""
         task = self.current
-        self._alive(task)
-        assert task is not None
+        if task is None or not task.process.alive:
+            raise Killed
         self.ready.append(task)
-        self._switch(task)
+        self._hub.switch()
+        if not task.process.alive:
+            raise Killed
 
-    def maybe(self, share: float = 0.25) -> None:
+    def maybe(self, share: float = 0.15) -> None:
         """Give way, now and then."""
-        if self.rng.random() < share:
+        task = self.current
+        if task is None or not task.process.alive:
+            raise Killed
+        if self.random() < share:
             self.give_way()
-        else:
-            self._alive(self.current)
 
     def park(self, timeout_s: float | None = None) -> bool:
         """Wait for `wake`; False when `timeout_s` passed before."""
@@ -210,7 +214,7 @@ class Kernel:
     def run(self, until: Callable[[], bool] = lambda: False, *, for_s: float) -> bool:
         """Run until the condition holds; False when `for_s` of virtual time passed before."""
         assert getcurrent() is self._hub
-        end, rng = self.now + for_s, self.rng
+        end, rng = self.now + for_s, self.random
         while not until():
             if self._doomed:
                 self._bury()
@@ -228,11 +232,11 @@ class Kernel:
                 raise self.failed
         return True
 
-    def _next(self, end: float, rng: random.Random) -> Task | None:
+    def _next(self, end: float, rng: Callable[[], float]) -> Task | None:
         while True:
             ready = self.ready
             if ready:
-                place = int(rng.random() * len(ready))
+                place = int(rng() * len(ready))
                 task = ready[place]
                 ready[place] = ready[-1]
                 ready.pop()

@@ -32,7 +32,6 @@ class WorkerFacts:
         self.durable: Order = (0, 0)  # the highest that was known to be on its disk
         self.served = False  # whether it ever said so
         self.epochs: dict[int, str] = {}  # epoch -> the publisher that was believed in it
-        self.seen: tuple[Any, ...] = ()
         self.stream: Connection | None = None
         self.verified_s = 0.0  # when it began to hash the last time what its engine is given
         self.began: tuple[Process | None, str, list[int]] = (None, "", [])  # what it began to fetch last
@@ -57,26 +56,27 @@ class Oracle:
     # ------------------------------------------------------------------ after every step
 
     def step(self) -> None:
-        look = self.world.run.now - self._looked_s > 0.5
+        now = self.world.run.now
+        look = now - self._looked_s > 0.5
         if look:
-            self._looked_s = self.world.run.now
+            self._looked_s = now
         for actor in self.world.workers:
             worker, engine = actor.worker, actor.engine
             if worker is None or engine is None:
                 continue
-            gate, facts = worker.gate, self.facts(actor)
-            switch = gate._switch
+            gate, switch = worker.gate, worker.gate._switch
             closed = switch is not None and switch._exclusive
-            seen = (gate._serving, engine.changes, worker._pursuit._state, closed)
-            if facts.seen != seen:
-                before, facts.seen = facts.seen, seen
-                if not before or before[2] is not seen[2]:
-                    self._record(actor, facts, worker._pursuit._state)
+            state = worker._pursuit._state
+            if actor.seen != (gate._serving, engine.changes, state, closed):
+                facts, before = self.facts(actor), actor.seen
+                actor.seen = (gate._serving, engine.changes, state, closed)
+                if not before or before[2] is not state:
+                    self._record(actor, facts, state)
                 if gate._serving is not None and not closed:
                     self._serves(actor, gate._serving, engine.tensors)
             if look:
-                self._tells_silence(actor, facts)
-            need(worker.crash is None, "I24", f"{actor.id} ended with {worker.crash!r}")
+                self._tells_silence(actor, self.facts(actor))
+                need(worker.crash is None, "no thread ends", f"{actor.id} ended with {worker.crash!r}")
 
     def _serves(self, actor: WorkerActor, serving: Serving, tensors: dict[str, bytes]) -> None:
         """I5, I6: with the gate open the engine holds exactly one version, and one that was released."""
@@ -121,7 +121,7 @@ class Oracle:
     def starts(self, actor: WorkerActor, stream: Connection) -> None:
         """I24: a new life begins with what the disk held, which is never less than what was told."""
         facts = self.facts(actor)
-        facts.stream, facts.seen = stream, ()
+        facts.stream, actor.seen = stream, ()
         assert actor.worker is not None
         state = actor.worker._pursuit._state
         order = state.release.order if state.release else (0, 0)

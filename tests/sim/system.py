@@ -21,28 +21,28 @@ from types import SimpleNamespace
 from typing import Any
 
 from .disk import Disk, Folder, Inode
-from .kernel import WALL_S, Killed, Process, kernel
-from .threads import me
+from .kernel import WALL_S, Killed, Process, _active, kernel
 
 _BLOCK = 4096
 
 
 def process() -> Process:
-    found = me().process
-    if not found.alive:
+    """Whose call this is."""
+    task = _active[-1].current
+    if task is None or not task.process.alive:
         raise Killed
-    return found
+    return task.process
 
 
 def touch(kind: str, path: object = "") -> Process:
     """Before a call of the disk or the server: others may run first, and the process may end here."""
-    run, mine = kernel(), process()
+    mine = process()
     if mine.io_left >= 0:
         mine.io_left -= 1
         if mine.io_left < 0:
             mine.host.counts["kill.at-io"] += 1
-            run.kill(mine, f"in the middle, before {kind} {path}")
-    run.maybe()
+            mine.kernel.kill(mine, f"in the middle, before {kind} {path}")
+    mine.kernel.maybe()
     return mine
 
 

@@ -9,11 +9,11 @@ from queue import Empty, Full
 from types import SimpleNamespace
 from typing import Any
 
-from .kernel import Killed, Process, Task, kernel
+from .kernel import Killed, Process, Task, _active, kernel
 
 
 def me() -> Task:
-    task = kernel().current
+    task = _active[-1].current
     if task is None:  # something of a dead process is being finalized
         raise Killed
     return task
