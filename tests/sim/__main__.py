@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from sim.cli import main  # noqa: E402  it is found from here on
+from sim.cli import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

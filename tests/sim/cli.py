@@ -83,7 +83,9 @@ def _one(seed: int, *, trace: bool) -> int:
     print("\n".join(outcome.trace), end="\n" if trace else "")
     if outcome.error:
         print(outcome.where)
-    print(f"seed {seed}: {outcome.steps} steps, {outcome.virtual_s:.0f} s of virtual time, {outcome.error or 'all holds'}")
+    print(
+        f"seed {seed}: {outcome.steps} steps, {outcome.virtual_s:.0f} s of virtual time, {outcome.error or 'all holds'}"
+    )
     return 1 if outcome.error else 0
 
 
@@ -92,7 +94,10 @@ def _planted() -> int:
     for bug in PLANTED:
         seed, error = hunt(bug)
         missed += seed is None
-        print(f"{bug.invariant:4} {bug.name:60} {'NOT FOUND' if seed is None else f'seed {seed}: {error}'[:160]}", flush=True)
+        print(
+            f"{bug.invariant:4} {bug.name:60} {'NOT FOUND' if seed is None else f'seed {seed}: {error}'[:160]}",
+            flush=True,
+        )
     return 1 if missed else 0
 
 

@@ -15,8 +15,8 @@ from . import threads
 from .contents import Content
 from .engine import SimEngine
 from .faults import Host
+from .files import Path
 from .kernel import Process, kernel
-from .system import Path
 
 if TYPE_CHECKING:
     from .world import World

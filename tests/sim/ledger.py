@@ -51,7 +51,9 @@ class Ledger:
         need(named == release.fingerprint, "I8", f"{release.version} changed its meaning")
         before = truth.contents.get(release.base or b"")
         if before is not None and before.manifest.specs != content.manifest.specs:
-            need(release.restructure, "I17", f"{release.version} has another structure than the one before, and hides it")
+            need(
+                release.restructure, "I17", f"{release.version} has another structure than the one before, and hides it"
+            )
         truth.releases[release.publisher, release.order] = release
 
     def is_durable(self, release: Release) -> None:

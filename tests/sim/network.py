@@ -153,10 +153,12 @@ class Connection:
 
     def _request(self, name: str) -> int:
         touch("send", name)
-        run, faults = kernel(), self._faults
+        run, faults, starts = kernel(), self._faults, self._net.starts
         run.sleep(run.rng.uniform(0.0005, 0.01))
         if faults.hit("net.slow"):
             run.sleep(run.rng.uniform(0.2, 6.0))
+        if starts != self._net.starts:
+            raise StreamUnavailable(f"{name}: the server was started again")
         if self._net.away(self.host):
             faults.count("net.away")
             run.sleep(run.rng.uniform(0.01, 0.5))
@@ -164,7 +166,7 @@ class Connection:
         if faults.hit("net.refused"):
             raise StreamUnavailable(f"{name}: refused")
         run.note(name)
-        return self._net.starts
+        return starts
 
     def _reply(self, name: str, starts: int) -> None:
         touch("receive the reply to", name)

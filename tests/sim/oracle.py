@@ -99,7 +99,9 @@ class Oracle:
             return
         release = state.release
         self.checked["I9"] += 1
-        need(self.truth.made(release), "I9", f"{actor.id} accepted {release.order} {release.version}, which nobody made")
+        need(
+            self.truth.made(release), "I9", f"{actor.id} accepted {release.order} {release.version}, which nobody made"
+        )
         need(release.order >= facts.accepted, "I6", f"{actor.id} went from {facts.accepted} to {release.order}")
         believed = facts.epochs.setdefault(release.epoch, release.publisher)
         need(believed == release.publisher, "I13", f"{actor.id} believed two publishers in epoch {release.epoch}")
@@ -193,8 +195,9 @@ class Oracle:
         engine, facts = actor.engine, self.facts(actor)
         assert engine is not None
         record = _durable_record(actor)
-        need(record and record.serving and (record.serving.epoch, record.serving.seq) == release.order, "I24",
-             f"{actor.id}: SERVING {release.order}, but a power cut would leave {record and record.serving}")  # fmt: skip
+        kept = record.serving if record else None
+        durable = kept is not None and (kept.epoch, kept.seq) == release.order
+        need(durable, "I24", f"{actor.id}: SERVING {release.order}, but a power cut would leave {kept}")
         assert record is not None
         facts.served = True
         if record.release:
@@ -230,8 +233,9 @@ class _Given:
         data: memoryview = self._staged.read(name)
         actor = self._actor
         rotted = actor.host.rotten_s >= self._oracle.facts(actor).verified_s  # after that it is found by reading back
-        need(rotted or bytes(data) == self._content.tensors[name], "I3",
-             f"the engine of {actor.id} is given other bytes of {name!r} than {self._staged.serving.version} has")  # fmt: skip
+        right = rotted or bytes(data) == self._content.tensors[name]
+        version = self._staged.serving.version
+        need(right, "I3", f"the engine of {actor.id} is given other bytes of {name!r} than {version} has")
         return data
 
 

@@ -6,6 +6,8 @@ import gc
 import random
 import traceback
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from refleet.publisher.fleet import newest_release
@@ -14,7 +16,7 @@ from refleet.publisher.published import Published
 from .contents import new_content
 from .events import NAMES, happen, plan
 from .faults import RATES
-from .kernel import Kernel, activate, kernel
+from .kernel import Kernel, activate, end, kernel
 from .observers import observed
 from .truth import Violation, need
 from .world import World
@@ -36,12 +38,18 @@ class Outcome:
 
 def run_seed(seed: int, *, trace: bool = False, focus: tuple[str, ...] = ()) -> Outcome:
     """Must be called inside `seams.installed()`. `focus`: events and faults that happen in it."""
-    collects = gc.isenabled()
-    gc.disable()  # what garbage does when it goes must not depend on when it goes
-    try:
+    with no_garbage():
         return _run(seed, trace, focus)
+
+
+@contextmanager
+def no_garbage() -> Iterator[None]:
+    """None is collected during the block: what it does when it goes must not depend on when it goes."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
     finally:
-        activate(Kernel(0))
         gc.collect()
         if collects:
             gc.enable()
@@ -63,34 +71,39 @@ def _run(seed: int, trace: bool, focus: tuple[str, ...]) -> Outcome:
         where = traceback.format_exc()
         run.note(f"FAILED: {error}")
     finally:
-        run.check = lambda: None
-        run.end()
+        end(run)
     counts = world.faults.counts + run.passed + world.failures + world.oracle.checked
     return Outcome(seed, error, run.steps, run.now, counts, lines, where)
 
 
 def play(world: World, events: list[tuple[float, str]]) -> None:
+    """A fleet begins, the events happen, and all is well again."""
     run, rng = world.run, world.rng
-    world.leader.serve()
-    for _ in range(rng.randrange(1, 4)):
-        world.join()
-    run.run(for_s=rng.uniform(0.0, 1.0))
-    world.publish(content=world.first)
-    run.run(for_s=rng.uniform(0.2, 3.0))
+    begin(world)
     began = run.now
     for at, name in events:
         run.run(for_s=max(began + at - run.now, 0.0))
         happen(world, name)
     run.run(for_s=rng.uniform(0.0, 5.0))
-    run.note("---- all faults end")
-    world.heal()
     converge(world)
 
 
+def begin(world: World) -> None:
+    """A publisher with a daemon, a few workers, a first version."""
+    world.leader.serve()
+    for _ in range(world.rng.randrange(1, 4)):
+        world.join()
+    world.run.run(for_s=world.rng.uniform(0.0, 1.0))
+    world.publish(content=world.first)
+    world.run.run(for_s=world.rng.uniform(0.2, 3.0))
+
+
 def converge(world: World) -> None:
-    """I11, I12: what was released last, and then what is published after the last fault, is served everywhere in
-    bounded time, and acknowledged."""
+    """All faults end. I11, I12: what was released last, and then what is published now, is served everywhere in bounded
+    time, and acknowledged."""
     run = world.run
+    run.note("---- all faults end")
+    world.heal()
     run.run(lambda: world.leader.daemon is not None and world.leader.daemon.alive, for_s=10.0)
     run.run(lambda: not any(process.alive for process in world.leader.commands), for_s=30.0)
     run.run(for_s=2.0)
@@ -100,8 +113,8 @@ def converge(world: World) -> None:
         # what a worker may have missed that was away when the structure changed, if the log was lost meanwhile
         world.publish(other=True, take_over=True)
         run.run(for_s=4.0)
-    # Two stores may have numbered alike in a server that was emptied, and a forged entry may have had a number that came
-    # again when the server lost it: who waits takes a worker's word on that one for its word on this.
+    # Two stores may have numbered alike in a server that was emptied, and a forged entry may have had a number that
+    # came again when the server lost it: who waits takes a worker's word on that one for its word on this.
     alike = world.numbered_twice or world.faults.counts["event.forged_record"]
     for _ in range(4 if alike else 1):
         done = _publish_last(world)
@@ -149,5 +162,7 @@ def _where(world: World) -> str:
         status = actor.worker.board.status if actor.worker else None
         failure = status.failure.what if status and status.failure else ""
         serving = status.serving if status else None
-        found.append(f"{actor.id} {status.state if status else 'is down'} {serving.version if serving else '-'} {failure}")
+        found.append(
+            f"{actor.id} {status.state if status else 'is down'} {serving.version if serving else '-'} {failure}"
+        )
     return "; ".join([*found, *(f"{code} x{number}" for code, number in world.failures.items())])

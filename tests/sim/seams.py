@@ -34,7 +34,7 @@ from refleet.common.delta import Encoder, cut
 from refleet.common.limits import LIMITS
 from refleet.common.store import Store
 
-from . import system, threads
+from . import clocks, files, system, threads
 from .kernel import Killed, idle
 
 #: a model of a few small tensors shall have payloads of several chunks and blocks, and polls shall be rare
@@ -54,11 +54,11 @@ _MODULES = (
     "refleet.publisher.wait", "refleet.worker.worker", "refleet.worker.memory_engine", "refleet.common.memory_stream",
 )  # fmt: skip
 _PLACES: dict[Any, Any] = {
-    os: system.os, time: system.time, random: system.random, secrets: system.secrets, uuid: system.uuid,
-    socket: system.socket, fcntl: system.fcntl, mmap: system.mmap, tempfile: system.tempfile,
-    threading: threads.threading, queue: threads.queue, pathlib.Path: system.Path, threading.Event: threads.Event,
-    crashpoint.crash_point: system.crash_point, time.monotonic: system.monotonic, time.time: system.wall_s,
-    time.perf_counter: system.monotonic,
+    os: system.os, time: clocks.time, random: clocks.random, secrets: clocks.secrets, uuid: clocks.uuid,
+    socket: clocks.socket, fcntl: system.fcntl, mmap: files.mmap, tempfile: files.tempfile,
+    threading: threads.threading, queue: threads.queue, pathlib.Path: files.Path, threading.Event: threads.Event,
+    crashpoint.crash_point: clocks.crash_point, time.monotonic: clocks.monotonic, time.time: clocks.wall_s,
+    time.perf_counter: clocks.monotonic,
 }  # fmt: skip
 
 

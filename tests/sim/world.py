@@ -91,7 +91,7 @@ class World:
         actor.write_checkpoint(made, path, slowly=same_file)
 
         def work(publisher: Publisher) -> None:
-            from .system import Path
+            from .files import Path
 
             then(publisher.publish(Path(path), version=version, allow_structure_change=self.allow))
 
@@ -99,7 +99,7 @@ class World:
 
     def publish_again(self) -> None:
         """The last checkpoint under its own id, as a command that is repeated does."""
-        from .system import Path
+        from .files import Path
 
         path, version, actor = f"/ckpt/v{self.versions}.safetensors", f"v{self.versions}", self.leader
         if path.rsplit("/", 1)[1] in getattr(actor.host.disk.folders.get("/ckpt"), "entries", ()):
