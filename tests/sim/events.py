@@ -7,8 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import refleet.common
-from refleet import publisher, worker
+from refleet import common, publisher, worker
 
 from . import server_events as server
 from .contents import new_content
@@ -16,15 +15,25 @@ from .fleet import WorkerActor
 from .kernel import Process
 from .world import ONE_FILE, World
 
-#: every crash point of the parts of refleet that run here
-POINTS = sorted(
-    point
-    for module in (Path(refleet.common.__file__).parent, *(Path(p.__file__).parent for p in (publisher, worker)))
-    for path in sorted(module.glob("*.py"))
-    for found in re.findall(r'crash_point\(f?"([^"]+)"\)', path.read_text())
-    for point in ([found.format(kind=kind) for kind in ("record", "delta", "pack")] if "{" in found else [found])
-    if not point.startswith(("file_engine.", "bundle."))
-)
+
+def _points() -> list[str]:
+    """Every crash point of the parts of refleet that run here, out of their sources."""
+    sources = [
+        path.read_text()
+        for package in (common, publisher, worker)
+        for path in sorted(Path(str(package.__file__)).parent.glob("*.py"))
+    ]
+    text = "\n".join(sources)
+    synced, renamed = (set(re.findall(call, text)) for call in (r'\.sync\("(\w+)"\)', r'rename\w*\(\w+.*?, "(\w+)"'))
+    kinds = {"written": synced, "synced": synced, "renamed": renamed}
+    found = set()
+    for point in re.findall(r'crash_point\(f?"([^"]+)"\)', text):
+        found |= {point.format(kind=kind) for kind in kinds[point.rpartition("-")[2]]} if "{" in point else {point}
+    elsewhere = ("file_engine.", "bundle.", "store.image-")  # other engines, and memory that workers of a host share
+    return sorted(point for point in found if not point.startswith(elsewhere))
+
+
+POINTS = _points()
 
 
 # ---------------------------------------------------------------------- processes

@@ -29,7 +29,6 @@ RATES = {
     "engine.half-applies": 0.15,
     "engine.lies-read-back": 0.05,
     "engine.lies-probe": 0.05,
-    "engine.rots": 0.02,
 }
 
 
