@@ -18,8 +18,9 @@ SIM = Path(__file__).with_name("sim")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_every_seed_holds_and_every_kind_of_fault_happens() -> None:
-    report = campaign([*known_seeds(), *range(400)], jobs=2)
+    report = campaign([*known_seeds(), *range(300)], jobs=2)
     assert report.failures == []
     assert report.silent == [], "faults that never happened: they test nothing"
     assert all(report.counts[kind] for kind in ("I1", "I3", "I5", "I9", "I14", "I15", "I17", "I20", "I23", "I24"))

@@ -70,7 +70,7 @@ class Fleet(RuleBasedStateMachine):
 
 
 FEW = settings(
-    max_examples=25, stateful_step_count=12, deadline=None, derandomize=True, database=None, print_blob=True,
+    max_examples=12, stateful_step_count=12, deadline=None, derandomize=True, database=None, print_blob=True,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 TestFleet = Fleet.TestCase

@@ -11,6 +11,8 @@ from unittest.mock import patch
 from refleet.common.memory_stream import MemoryStream
 from refleet.common.messages import Evidence, Verified
 from refleet.common.store import Store
+from refleet.publisher.publish import Publisher
+from refleet.publisher.published import Published
 from refleet.worker import follow, stage
 from refleet.worker.follow import Follower
 from refleet.worker.gate import Gate, Switch
@@ -144,3 +146,15 @@ def fixed_base(call: Any) -> Any:
 
 def mantissa_only(changed: Any) -> Any:
     return lambda new, old: changed(new & 0x7F, old & 0x7F)
+
+
+def old_release_again(_rollback: Any) -> Any:
+    def run(publisher: Publisher, to: str, **_options: Any) -> Published:
+        with publisher._exclusive("rollback"):
+            book = publisher.book
+            release = next(each for each in book.releases() if each.version == to)
+            book.save_release(release, book.release_bytes(release), None)
+            publisher.stream.append(publisher.claim.lease(), release.seq, book.release_bytes(release), ttl_s=30.0)
+            return Published(release, publisher.stream)
+
+    return run

@@ -28,7 +28,7 @@ RATES = {
     "engine.hangs": 0.1,
     "engine.half-applies": 0.15,
     "engine.lies-read-back": 0.05,
-    "engine.lies-probe": 0.05,
+    "engine.lies-probe": 0.3,
 }
 
 

@@ -32,6 +32,7 @@ from .breaks import (
     first_of_epoch_forgotten,
     fixed_base,
     mantissa_only,
+    old_release_again,
     open_fence,
     second_chunk_forgotten,
     target_only,
@@ -87,12 +88,7 @@ PLANTED = (
     ),
     Bug("I5", "a failed apply is not undone", ((apply, "_restore", always(None)),)),
     Bug("I6", "a worker accepts releases in any order", ((Follower, "_judge", any_order),)),
-    Bug(
-        "I7",
-        "a publisher numbers by its own count alone",
-        ((publish, "max", lambda _: lambda own, _server: own),),
-        ("forged_record",),
-    ),
+    Bug("I7", "a rollback writes the old release again", ((publish.Publisher, "rollback", old_release_again),)),
     Bug(
         "I8",
         "probes are not compared with the first time",

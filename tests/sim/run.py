@@ -65,7 +65,7 @@ def _run(seed: int, trace: bool, focus: tuple[str, ...]) -> Outcome:
     error, where = None, ""
     try:
         with observed(world):
-            play(world, plan(rng, length=rng.randrange(6, 16), focus=tuple(name for name in focus if name in NAMES)))
+            play(world, plan(rng, length=rng.randrange(3, 12), focus=tuple(name for name in focus if name in NAMES)))
     except Exception as found:
         error = f"{found}" if isinstance(found, Violation) else f"{type(found).__name__}: {found}"
         where = traceback.format_exc()
@@ -84,7 +84,7 @@ def play(world: World, events: list[tuple[float, str]]) -> None:
     for at, name in events:
         run.run(for_s=max(began + at - run.now, 0.0))
         happen(world, name)
-    run.run(for_s=rng.uniform(0.0, 5.0))
+    run.run(for_s=rng.uniform(0.0, 3.0))
     converge(world)
 
 
