@@ -8,7 +8,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 BUILD  := pyproject.toml setup.py constraints.txt $(wildcard common/_kernels*.[ch])
 
 .PHONY: demo test test-plan check lint types imports bench typing servers clean
-.PHONY: bench-links bench-picture bench-scale bench-transport bench-store bench-codec bench-check
+.PHONY: bench-links bench-picture bench-scale bench-transport bench-store bench-codec bench-check sim sim-planted
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -19,6 +19,15 @@ test: $(VENV)/.dev servers
 # Refit plans over real model families. A CUDA build of torch (6 GB) in an environment of its own; needs no GPU.
 test-plan: $(VENV)-plan/.plan
 	REFLEET_PLAN_TESTS=1 $(VENV)-plan/bin/pytest -n 2 --dist worksteal tests/plan
+
+# A whole fleet in one thread, with faults by seed: SEEDS=1000 runs so many beside the kept ones (docs/testing.md).
+SEEDS ?= 1000
+sim: $(VENV)/.dev
+	$(BIN)/python tests/sim --seeds $(SEEDS)
+
+# Breaks each mechanism in turn, and says which seed told.
+sim-planted: $(VENV)/.dev
+	$(BIN)/python tests/sim --planted
 
 check: lint types imports test
 

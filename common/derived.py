@@ -94,7 +94,7 @@ class Derived:
     def needs(self, digests: Iterable[bytes], *, whole: Callable[[bytes], bool]) -> tuple[set[bytes], set[str]]:
         """Digests that must be kept so that all of `digests` can be read, and the names of the files for it."""
         with self._guard:
-            needed, files, left = set(digests), set[str](), list(digests)
+            needed, files, left = set(digests), set[str](), sorted(digests)
             while left:
                 digest = left.pop()
                 file = None if whole(digest) else self._where.get(digest)
@@ -102,7 +102,7 @@ class Derived:
                     files.add(file.name)
                     new = file.bases - needed
                     needed |= new
-                    left += new
+                    left += sorted(new)
             return needed, files
 
     def forget(self, digest: bytes) -> None:

@@ -37,6 +37,11 @@ class NamedRecords:
         names = (path.name.replace("+", "/") for path in self._records.iterdir())
         return sorted(name for name in names if name.startswith(prefix))
 
+    def settle_records(self) -> None:
+        """Every record that is visible now survives a power cut when this returns. Raises: StoreFull, StoreError."""
+        with disk_errors(self._records):
+            sync_path(self._records)
+
     def drop_record(self, name: str, *, sync: bool = True) -> None:
         """Removes the record `name`, if it is there; without `sync` a power cut may bring it back."""
         path = self._record_path(name)

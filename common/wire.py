@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import fields, is_dataclass
 from enum import IntEnum
 from functools import cache
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import msgpack
 
@@ -197,7 +197,7 @@ def _some(args: tuple[Any, ...]) -> Any:
 @cache
 def _decoder(kind: Any) -> Decode:
     if is_dataclass(kind):
-        decode_fields = _fields_decoder(kind)
+        decode_fields = _fields_decoder(cast(Hashable, kind))
         return lambda reader: decode_fields(reader, reader.array())
     origin, args = get_origin(kind), get_args(kind)
     if origin is tuple:
@@ -214,6 +214,7 @@ def _decoder(kind: Any) -> Decode:
     return _float if kind is float else _plain_decoder(kind)
 
 
+@cache
 def _fields_decoder(kind: Any) -> Callable[[_Reader, int], Any]:
     """Reads the `count` fields that a list announced into a `kind`."""
     hints = get_type_hints(kind)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from ..common import wire
 from ..common.errors import MalformedRecord, UnknownVersion, UsageError
 from ..common.limits import LIMITS
-from ..common.messages import Release
+from ..common.messages import Release, Serving
 from ..common.signing import open_envelope
 from ..common.store import Store
 from ..common.types import VERSION_ID, Manifest, PayloadRef
@@ -146,6 +146,14 @@ class Book:
         """The last release: the fleet's target as this store knows it."""
         names = self.store.records("release-")
         return self._release(names[-1]) if names else None
+
+    def made(self, goal: Serving) -> bool:
+        """Whether a release of this store led a worker to this."""
+        name = _release_name(goal.epoch, goal.seq)
+        if self.store.record(name) is None:
+            return False
+        release = self._release(name)
+        return (release.version, release.fingerprint) == (goal.version, goal.fingerprint)
 
     def release_bytes(self, release: Release) -> bytes:
         data = self.store.record(_release_name(release.epoch, release.seq))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ..common.errors import NotDurable, StaleEpoch, StreamError
-from ..common.messages import Lease
+from ..common.messages import Lease, Serving
 from ..common.stream import Keys, Stream
 from .book import Book, PublisherState
 from .fleet import fleet
@@ -82,6 +82,7 @@ class Claim:
             head, lease = self.book.head(), self.lease()
             if head is None or head.epoch != lease.epoch or self.stream.last_ids()[0] >= head.order:
                 return False
+            self.store.settle_records()  # whoever recorded it may have died before it was durable
             self.stream.append(lease, head.seq, self.book.release_bytes(head), ttl_s=LEASE_S)
         self._notify(f"the server did not have release {head.version!r}: written again")
         return True
@@ -94,12 +95,19 @@ class Claim:
                 next=f"find out who wrote it, then redis-cli del {Keys(self.stream.model).log}: it is written again",
             )
         state = self.book.state()
-        mine = Lease(self.store.id, state.epoch, socket.gethostname(), str(self.store.root), os.getpid())
-        seen = [w.status.epoch for w in fleet(self.stream).workers if w.status]
-        floor = max([log_epoch, *seen])
+        seen = [worker.status for worker in fleet(self.stream).workers if worker.status]
+        # claimed too low when the server was emptied: workers believe another store in it, and never this one
+        repeated = any(self._is_of_another_store(status.target, state.epoch) for status in seen)
+        kept = 0 if repeated else state.epoch
+        mine = Lease(self.store.id, kept, socket.gethostname(), str(self.store.root), os.getpid())
+        floor = max([log_epoch, *(status.epoch for status in seen)])
         epoch = self.stream.claim(mine, floor=floor, ttl_s=LEASE_S, take_over=take_over)
         self.book.save_state(PublisherState(epoch))
         return replace(mine, epoch=epoch)
+
+    def _is_of_another_store(self, goal: Serving | None, epoch: int) -> bool:
+        """Whether a worker's goal is a release in our `epoch` that we did not make."""
+        return goal is not None and goal.epoch == epoch and not self.book.made(goal)
 
     def _check_server(self) -> None:
         for facts, what in ((self.stream.facts(), "server"), (self.stream.payload_facts(), "payload server")):

@@ -145,17 +145,17 @@ class Payloads:
         """Drop what nobody needs; returns the bytes freed.
 
         Needed is a payload towards the target as long as a live worker lacks the target or no worker is there at all,
-        and one towards a version that a live worker is on its way to.
+        and one towards a version that a live worker is on its way to. The target is what the log says, and what it is
+        going to say: a release of this store that the server did not take yet.
         """
         pursued = {
             worker.status.target.fingerprint
             for worker in now.live
             if worker.status and worker.status.target and not worker.holds(worker.status.target.fingerprint)
         }
-        if now.target and not now.live:
-            pursued.add(now.target.fingerprint)
-        if now.target and any(not worker.holds(now.target.fingerprint) for worker in now.live):
-            pursued.add(now.target.fingerprint)
+        for target in {release.fingerprint for release in (now.target, self._book.head()) if release}:
+            if not now.live or not all(worker.holds(target) for worker in now.live):
+                pursued.add(target)
         freed = 0
         for payload in self._book.payloads():
             unneeded = payload.ref is not None and payload.target not in pursued

@@ -10,7 +10,9 @@ import torch
 from refleet.common.errors import UnknownVersion
 from refleet.common.messages import Ack, Evidence
 from refleet.common.tensors import tensor_bytes
+from refleet.publisher.verify import verify
 from refleet.worker.memory_engine import MemoryEngine
+from refleet.worker.worker import Worker
 from stored import content, flip, flip_tensor, packs
 from world import State, World, checkpoint, holds, reason, served
 
@@ -193,6 +195,47 @@ def test_rot_in_a_manifest_costs_a_transfer_and_nothing_else(small_world: World,
 
 
 # ---------------------------------------------------------------------- the publisher's store
+
+
+@pytest.fixture
+def waiting(small_world: World, until: Until) -> Worker:
+    """A worker that serves v1 and asks for v2, whose payload is gone; nobody answers."""
+    publisher, worker = small_world.publisher(answer=False), small_world.worker()
+    publisher.publish(checkpoint(1), version="v1")
+    worker.wait("v1", timeout_s=20)
+    append = publisher.stream.append
+
+    def without_payload(*args: Any, **options: Any) -> None:
+        publisher.stream.drop_payload(publisher.book.payloads()[0].payload_id)
+        append(*args, **options)
+
+    publisher.stream.append = without_payload  # type: ignore[method-assign]
+    publisher.publish(checkpoint(2), version="v2")
+    until(lambda: worker.board.status.want, "it asks for v2")
+    return worker
+
+
+def test_rot_in_the_base_while_a_worker_waits_changes_what_it_asks_for(
+    small_world: World, waiting: Worker, until: Until
+) -> None:
+    """What it shows as held must not be what it held when it began to wait: no answer to that would ever do."""
+    (base,) = waiting.board.status.have
+    flip(waiting.store.root / "manifests" / base.hex(), at=60)
+    until(lambda: waiting.board.status.have == (), "it shows that it holds nothing to build on any more")
+    small_world.publisher(answer=True).rollback("v2")
+    assert waiting.wait("v2", timeout_s=20).version == "v2"
+
+
+def test_a_worker_that_waits_goes_on_asking_when_verify_finds_its_engine_wrong(
+    small_world: World, waiting: Worker, until: Until
+) -> None:
+    engine = waiting.engine
+    assert isinstance(engine, MemoryEngine)
+    engine.tensors[NAME] = bytes(SIZE)
+    verify(small_world.carrier.stream(), timeout_s=20)
+    until(lambda: waiting.board.status.want, "it still shows what it needs")
+    small_world.publisher(answer=True).rollback("v2")
+    assert waiting.wait("v2", timeout_s=20).version == "v2"
 
 
 def test_a_delta_is_encoded_without_a_damaged_base_tensor(small_world: World) -> None:

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from refleet.common.errors import CheckpointChanged, VersionExists
+from refleet.common import named_records
+from refleet.common.errors import CheckpointChanged, StreamUnavailable, VersionExists
 from refleet.common.store import ANCHOR_EVERY
 from refleet.publisher import Publisher
 from refleet.publisher.compare import Comparison
+from refleet.publisher.fleet import fleet
 from safetensors.torch import save_file
-from world import State, World, checkpoint, holds, served
+from world import State, World, checkpoint, holds, reason, served
 
 BIG = 3 << 20  # elements of a tensor that fills several chunks
 
@@ -187,3 +189,38 @@ def test_files_and_tensors_make_the_same_version(small_world: World, tmp_path: P
     publisher.rollback("v1")
     from_file = publisher.publish(tmp_path / "second.safetensors", version="v2").release
     assert from_file.fingerprint == from_memory.fingerprint
+
+
+def test_the_payload_of_a_release_that_the_server_did_not_take_yet_is_kept(
+    small_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I15: the release is real, and is written again by the next command or the service."""
+    publisher = small_world.publisher(answer=False)
+    publisher.publish(checkpoint(1), version="v1")
+    small_world.worker().wait("v1")
+
+    def away(*_args: object, **_options: object) -> None:
+        raise StreamUnavailable("away")
+
+    with monkeypatch.context() as gone:
+        gone.setattr(publisher.stream, "append", away)
+        assert isinstance(reason(lambda: publisher.publish(checkpoint(2), version="v2")), StreamUnavailable)
+    head = publisher.target()
+    assert head is not None and head.version == "v2" and head.payload is not None
+    publisher._payloads.clean(fleet(publisher.stream))  # as making room for another payload does
+    assert publisher.stream.payload_chunks(head.payload.payload_id) > 0
+
+
+def test_a_release_that_another_process_recorded_is_durable_before_it_is_written_again(
+    small_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I24: that process may have died right after the record got its name."""
+    publisher = small_world.publisher(answer=False)
+    publisher.publish(checkpoint(1), version="v1")
+    small_world.carrier.lose("log")
+    steps: list[object] = []
+    append = publisher.stream.append
+    monkeypatch.setattr(named_records, "sync_path", steps.append)
+    monkeypatch.setattr(publisher.stream, "append", lambda *a, **o: (steps.append("append"), append(*a, **o)))
+    assert publisher.claim.heal()
+    assert steps == [publisher.store.root / "records", "append"]

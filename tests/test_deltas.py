@@ -119,6 +119,17 @@ def test_a_tensor_that_returns_to_earlier_values_is_rebuilt_without_going_in_cir
         assert_holds(again, one)
 
 
+def test_collecting_keeps_deltas_that_another_process_added_meanwhile(store: Store) -> None:
+    versions = [fresh(0)]
+    put_whole(store, versions[0])
+    with Store(store.root) as waiting:  # say, for the lock of a publish that runs
+        versions.append(stepped(versions[0], 1, only=("norm",)))
+        put_delta(store, *versions)
+        waiting.collect({manifest_of(tensors).fingerprint for tensors in versions})
+    with Store(store.root) as again:
+        assert again.missing(manifest_of(versions[1])) == []
+
+
 def test_a_version_costs_the_disk_what_changed(store: Store) -> None:
     versions = [fresh(0)]
     put_whole(store, versions[0])

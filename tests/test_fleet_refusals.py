@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
+import pytest
 import torch
 from refleet.common.errors import (
     DeadlineExceeded,
@@ -15,10 +17,13 @@ from refleet.common.errors import (
     VersionExists,
     WorkerFailed,
 )
-from refleet.common.messages import Evidence
+from refleet.common.messages import Evidence, Failure
 from refleet.common.signing import SigningKey, Trust
 from refleet.common.types import Manifest, TensorSpec
+from refleet.publisher import claim
+from refleet.publisher.fleet import Fleet, WorkerView
 from refleet.publisher.verify import verify
+from refleet.publisher.wait import _check_refusal
 from refleet.worker.memory_engine import MemoryEngine
 from world import World, checkpoint, holds, reason, served
 
@@ -289,3 +294,36 @@ def test_waiting_ends_at_once_with_the_reason_of_a_worker_that_refuses_the_relea
     foreign = small_world.publisher(key=other).publish(checkpoint(2), version="v2")
     assert "UnknownKey" in str(reason(lambda: foreign.wait(workers=1, timeout_s=60)))
     small_world.publisher(key=trusted).publish(checkpoint(3), version="v3").wait(workers=1)
+
+
+def test_what_a_worker_refused_at_this_place_before_the_log_was_lost_is_not_this_release(small_world: World) -> None:
+    """The numbers of a forged entry come again when the server forgot it."""
+    worker = small_world.worker()
+    published = small_world.publisher().publish(checkpoint(1), version="v1")
+    worker.wait("v1", timeout_s=20)
+    order = published.release.order
+    old = Failure("BadSignature", f"log entry {order[0]}-{order[1]}: an unsigned record", None)
+    status = replace(worker.board.status, last_refusal=old)
+    _check_refusal(published.release, WorkerView("w0", status, 0.0, None))
+    refused = WorkerView("w0", replace(status, target=None), 0.0, None)
+    assert isinstance(reason(lambda: _check_refusal(published.release, refused)), WorkerFailed)
+
+
+def test_an_epoch_that_was_claimed_again_in_an_emptied_server_is_left_by_the_next_command(
+    small_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I13, I14: workers believe the first store in that epoch, and must not be left without any."""
+    first = small_world.publisher("first", answer=False)
+    worker = small_world.worker()
+    first.publish(checkpoint(1), version="v1").wait(workers=1, timeout_s=20)
+    small_world.carrier.lose()
+    with monkeypatch.context() as early:  # before the heartbeats are back
+        early.setattr(claim, "fleet", lambda stream: Fleet(stream.model, None, ()))
+        second = small_world.publisher("second", answer=False)
+        refused = second.publish(checkpoint(2), version="v2")
+    assert refused.release.epoch == 1, "the same epoch twice"
+    assert isinstance(reason(lambda: refused.wait(workers=1, timeout_s=0.5)), DeadlineExceeded | WorkerFailed)
+    published = small_world.publisher("second").publish(checkpoint(3), version="v3")
+    assert published.release.epoch == 2
+    published.wait(workers=1, timeout_s=20)
+    assert holds(worker, checkpoint(3))

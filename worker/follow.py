@@ -54,7 +54,9 @@ class Follower:
     def read(self, stream: Stream, *, block_s: float) -> News:
         """Wait up to `block_s` for entries and judge them. Raises: StreamError."""
         try:
-            entries = stream.read(self._log, self._control, block_s=block_s)
+            # after an outage the last entry again: another one may be at its place by now, if the server was emptied
+            log_after = _before(self._log) if self._away else self._log
+            entries = stream.read(log_after, self._control, block_s=block_s)
             quiet = not entries.log and not entries.control
             news = self._after_silence(stream) if quiet else self._take(entries, live=True)
         except StreamError:
@@ -159,3 +161,9 @@ class Follower:
 def _control_id(text: str) -> tuple[int, int]:
     milliseconds, _, number = text.partition("-")
     return int(milliseconds), int(number or 0)
+
+
+def _before(log_id: LogId) -> LogId:
+    """The place right before this one, as far as one publisher numbers."""
+    epoch, seq = log_id
+    return epoch, max(seq - 1, 0)

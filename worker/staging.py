@@ -158,11 +158,12 @@ class Staging:
     def _ask(self, goal: Goal, holdings: Holdings) -> None:
         """Show in the heartbeat what is needed: a standing request, not a message that could get lost."""
         want = Want(goal.serving.fingerprint, holdings.lacks, tuple(self._refused[-64:]))
-        if want != self._want:
-            self._want = want
+        self._want, shown = want, self._board.status
+        # against what is shown: bit rot may change what is held while it waits, and a failed `verify` the whole status
+        if (want, holdings.have) != (shown.want, shown.have):
             self._board.show(
                 WAITING, f"asking for {goal.serving.version}", target=goal.serving, evidence=Evidence.NONE, want=want,
-                have=holdings.have, failure=self._board.status.failure,
+                have=holdings.have, failure=shown.failure,
             )  # fmt: skip
 
 
