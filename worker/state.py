@@ -34,14 +34,15 @@ class WorkerState:
     restructure: bool  # a release accepted since the target was served last may have another structure
 
     def after(self, serving: Serving, *, base: bytes | None, keep: int) -> WorkerState:
-        """The record once `serving` is served; `keep` versions stay in `recent`. What it was sent relative to stays as
-        long: so will the next one be, where that was no accident.
+        """The record once `serving` is served. `keep` versions stay in `recent`, and what this one was sent relative to:
+        so may the next one be.
         """
-        based = tuple(f for f in self.recent if f == base != serving.fingerprint)
-        others = tuple(f for f in self.recent if f not in (serving.fingerprint, base))
-        recent = (*others, *based, serving.fingerprint)
+        recent = (*(f for f in self.recent if f != serving.fingerprint), serving.fingerprint)
+        kept = recent[-keep:]
+        if base in recent and base not in kept:
+            kept = (base, *kept)
         reached = self.release is not None and self.release.order == serving.order
-        return replace(self, serving=serving, recent=recent[-keep:], restructure=self.restructure and not reached)
+        return replace(self, serving=serving, recent=kept, restructure=self.restructure and not reached)
 
 
 def load(store: Store, *, worker: str, model: str, folder: Path) -> WorkerState:
