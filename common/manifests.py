@@ -29,10 +29,17 @@ class Manifests:
     def put(self, manifest: Manifest) -> None:
         """Held from now on, durable once it is settled. Raises: StoreFull, StoreError."""
         path, data = self._path(manifest.fingerprint), wire.pack(manifest)
-        write_file(path, data, temp=self._temp, sync=False)
+        if not self._holds(path, data):  # what is durable must not be replaced by what is not yet
+            write_file(path, data, temp=self._temp, sync=False)
         self._unsettled.add(path)
         remove(self._damaged_path(manifest.fingerprint))
         self._remember(digest_of(data), manifest)
+
+    @staticmethod
+    def _holds(path: Path, data: bytes) -> bool:
+        with suppress(MalformedRecord):
+            return read_file(path) == data
+        return False
 
     def get(self, fingerprint: bytes) -> Manifest:
         """Raises: UnknownVersion, also for a damaged one, which is then put aside."""

@@ -80,7 +80,7 @@ def test_killed_while_versions_are_removed(tmp_path: Path, point: str) -> None:
     assert sizes[0] == sizes[1]
 
 
-@pytest.mark.parametrize("point", CONTENT_POINTS)
+@pytest.mark.parametrize("point", [*PACK_POINTS, "store.settled"])
 def test_killed_while_a_damaged_tensor_is_healed(tmp_path: Path, point: str) -> None:
     held = put(Store(tmp_path), version(1))
     flip_tensor(Store(tmp_path), version(1)["layer.0"])
@@ -161,6 +161,15 @@ def test_what_its_digest_proves_is_visible_at_once_and_settled_later(tmp_path: P
     calls.clear()
     store.settle()
     assert calls == [], "once"
+
+
+def test_a_version_that_is_put_in_again_stays_as_durable_as_it_was(tmp_path: Path, calls: list[str]) -> None:
+    store = Store(tmp_path)
+    put(store, version(1))
+    calls.clear()
+    put_unsettled(store, version(1))
+    assert calls == []
+    assert store.manifests() == [manifest_of(version(1)).fingerprint]
 
 
 def test_what_is_new_is_settled_before_anything_older_goes(tmp_path: Path, calls: list[str]) -> None:

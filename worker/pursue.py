@@ -7,6 +7,7 @@ previous version goes on being served, and the ack says why).
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -55,7 +56,9 @@ class Pursuit:
         self._failed: dict[tuple[int, int], Failure] = {}  # what is not tried again until there is a new release
         self._acks = acks
         self._staging = Staging(stream, store, engine, board, follower, ack=self._ack, stopping=stopping)
-        self.upkeep = Newest(partial(upkeep, store=store, warn=board.warn), name="refleet-upkeep")
+        self._tidied = threading.Event()  # the upkeep may have removed versions that the fleet is told of
+        work = partial(upkeep, store=store, warn=board.warn, done=self._tidied.set)
+        self.upkeep = Newest(work, name="refleet-upkeep")
         self.early = self._staging.early
 
     @property
@@ -105,6 +108,9 @@ class Pursuit:
     def step(self) -> None:
         """Get as far as possible. Raises: StreamError when the server is away (served versions are not affected)."""
         self._acks.flush()
+        if self._tidied.is_set():
+            self._tidied.clear()
+            self._show_holdings()
         goal = self._goal()
         if goal is None or self._staging.pauses:
             return

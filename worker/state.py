@@ -34,12 +34,13 @@ class WorkerState:
     restructure: bool  # a release accepted since the target was served last may have another structure
 
     def after(self, serving: Serving, *, base: bytes | None, keep: int) -> WorkerState:
-        """The record once `serving` is served. `keep` versions stay in `recent`, and what this one was sent relative to:
-        so may the next one be.
+        """The record once `serving` is served. `keep` versions stay in `recent`, and an older one that this was sent
+        relative to: so may the next one be.
         """
         recent = (*(f for f in self.recent if f != serving.fingerprint), serving.fingerprint)
         kept = recent[-keep:]
-        if base in recent and base not in kept:
+        previous = self.serving.fingerprint if self.serving else None
+        if base in recent and base not in (*kept, previous):
             kept = (base, *kept)
         reached = self.release is not None and self.release.order == serving.order
         return replace(self, serving=serving, recent=kept, restructure=self.restructure and not reached)

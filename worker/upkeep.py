@@ -16,8 +16,11 @@ from ..common.types import Manifest
 _COLLECT_WAIT_S = 10.0
 
 
-def upkeep(manifest: Manifest, store: Store, *, warn: Callable[[str], None]) -> None:
-    """`manifest` is served now; versions that the store was not told to keep go. `warn` hears what failed."""
+def upkeep(manifest: Manifest, store: Store, *, warn: Callable[[str], None], done: Callable[[], None]) -> None:
+    """`manifest` is served now; versions that the store was not told to keep go.
+
+    `warn` hears what failed; `done` is called at the end.
+    """
     for what, work in (("remove old versions", _collect), ("write the version whole", _anchor)):
         try:
             work(manifest, store)
@@ -25,6 +28,7 @@ def upkeep(manifest: Manifest, store: Store, *, warn: Callable[[str], None]) -> 
             continue
         except RefleetError as error:  # the version is served, and there as deltas, all the same
             warn(f"could not {what}: {error.what}")
+    done()
 
 
 def _collect(_manifest: Manifest, store: Store) -> None:
