@@ -70,8 +70,10 @@ class Packer:
         return pieces
 
 
-def address_of(url: str) -> str:
-    """`url` without user, password and options, for messages. Raises UsageError for what is no Redis url."""
+def address_of(url: str, *, given: str = "") -> str:
+    """`url` without user, password and options, for messages. Raises UsageError for what is no Redis url; `given` says
+    what it was given as.
+    """
     try:
         parts = urlsplit(url)
         if parts.scheme == "unix":
@@ -80,15 +82,17 @@ def address_of(url: str) -> str:
             return f"{parts.scheme}://{parts.hostname or 'localhost'}:{parts.port or 6379}{parts.path.rstrip('/')}"
     except ValueError:
         pass
-    raise UsageError("the Redis url can't be read", next="write it as redis://user:password@host:6379/0 (rediss: TLS)")
+    raise UsageError(
+        "the Redis url can't be read", about=given, next="write it as redis://user:password@host:6379/0 (rediss: TLS)"
+    )
 
 
 class Link:
     """A pool of connections to one server; used from any thread. Nothing is retried unless a method says so."""
 
-    def __init__(self, url: str, *, model: str, timeout_s: float):
-        """`timeout_s` bounds every wait for a reply. Connects on first use."""
-        self.address = address_of(url)
+    def __init__(self, url: str, *, model: str, timeout_s: float, given: str):
+        """`timeout_s` bounds every wait for a reply; `given`: the option that names it. Connects on first use."""
+        self.address = address_of(url, given=given)
         self._model = model
         self.timeout_s = timeout_s
         self._closed = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import NoPermissionError, ResponseError
@@ -74,9 +75,11 @@ class RedisStream:
         self._keys = Keys(model)
         self._limits = limits
         self._carrier = carrier
-        self._link = Link(url, model=model, timeout_s=timeout_s)
-        self._log = Link(read_from, model=model, timeout_s=timeout_s) if read_from else self._link
-        self._payload_link = Link(payload_url, model=model, timeout_s=timeout_s) if payload_url else self._link
+        link = partial(Link, model=model, timeout_s=timeout_s)
+        self._link = link(url, given="--redis, REFLEET_REDIS")
+        self._log = link(read_from, given="--read-from, REFLEET_READ_FROM") if read_from else self._link
+        given = "--payload-redis, REFLEET_PAYLOAD_REDIS"
+        self._payload_link = link(payload_url, given=given) if payload_url else self._link
         # without a payload server, chunks and the release that names them come in order over one replication
         source = self._payload_link if payload_url else self._log
         self._payloads = RedisPayloads(self._payload_link, self._keys, limits, read=source)

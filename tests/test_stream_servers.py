@@ -195,6 +195,10 @@ def test_with_both_the_log_comes_from_the_replica_and_payloads_from_their_server
 
 
 def test_a_wrong_replica_url_is_refused_at_once() -> None:
-    for bad in ({"read_from": "http://x"}, {"payload_url": "redis://h:port"}):
-        with pytest.raises(UsageError, match="can't be read"):
+    for bad, option in (
+        ({"read_from": "http://x"}, "--read-from"),
+        ({"payload_url": "redis://h:port"}, "--payload-redis"),
+    ):
+        with pytest.raises(UsageError, match="can't be read") as refused:
             RedisStream("redis://127.0.0.1:1", "m", **bad)
+        assert option in refused.value.about
