@@ -322,7 +322,8 @@ def test_the_zstd_layout_is_fixed() -> None:
 
 
 def test_codec_numbers_are_fixed() -> None:
-    names = {0: "raw", 1: "zstd", 3: "same", 4: "sparse", 5: "dense", 6: "split"}
+    names = {0: "raw", 1: "zstd", 3: "same", 4: "sparse", 5: "dense", 6: "split", 7: "lowrank"}
     assert {number: known.name for number, known in codec.CODECS.items()} == names
     assert all(number == known.id for number, known in codec.CODECS.items())
-    assert [number for number in names if codec.needs_base(number)] == [codec.SAME, codec.SPARSE, codec.DENSE]
+    based = [codec.SAME, codec.SPARSE, codec.DENSE, codec.LOWRANK]
+    assert [number for number in names if codec.needs_base(number)] == based

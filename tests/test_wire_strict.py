@@ -293,7 +293,7 @@ def test_an_index_of_as_many_tensors_as_allowed_unpacks_in_seconds() -> None:
     index = Index(None, b, tensors, blocks, LIMITS.chunk_bytes, 100 * len(tensors), (c,) * 3, ())
     data = wire.pack(index)
     assert len(data) < LIMITS.index_bytes
-    start = time.perf_counter()
+    start = time.process_time()
     found = wire.unpack(data, Index, max_bytes=LIMITS.index_bytes)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     assert found == index
