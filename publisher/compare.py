@@ -13,9 +13,12 @@ from ..common.layout import Bytes
 from ..common.lowrank import Factors
 from ..common.memory import Memory
 from ..common.store import Store
+from ..common.threads import cores, in_order
 from ..common.types import DeltaTensor, Manifest, TensorEntry, TensorSpec
 from .checkpoint import Checkpoint
 
+#: tensors that are read and compared at once: memory, not the processor, bounds it from here on
+_READERS = 4
 #: (phase, done, total) in bytes; phases are "send" and "compare"
 OnBytes = Callable[[str, int, int], None]
 
@@ -66,19 +69,27 @@ class Comparison:
 
         Raises: CheckpointErrors of the checkpoint, RottenBaseError.
         """
-        specs = self._checkpoint.specs.values()
-        for spec in sorted(specs, key=lambda spec: (self._based(spec), spec.dtype, spec.name.encode())):
-            new = self._memory.take(spec.size_bytes)
-            self._checkpoint.read_into(spec.name, new)
-            self.read_bytes += spec.size_bytes
-            before = self._before.get(spec.name)
-            old = self._base(before.digest) if before and self._based(spec) else None
-            unchanged = before if old is not None and not changed(new, old) else None
-            entry = self._entries[spec.name] = unchanged or TensorEntry(spec, tensor_digest(new.data))
+        specs = [(self._based(spec), spec) for spec in self._checkpoint.specs.values()]
+        specs.sort(key=lambda found: (found[0], found[1].dtype, found[1].name.encode()))
+        for entry, new, old in in_order(self._looked_at, specs, threads=min(cores(), _READERS)):
+            self.read_bytes += new.size
+            self._entries[entry.spec.name] = entry
             if self._keep:
                 self.held[entry.digest] = new
-            if entry != before or entry.digest not in self._at_hand:  # the store may have lost it
+            # the store may have lost a tensor that is as it was
+            if entry != self._before.get(entry.spec.name) or entry.digest not in self._at_hand:
                 yield from self._travelling(entry, new, old)
+
+    def _looked_at(self, found: tuple[bool, TensorSpec]) -> tuple[TensorEntry, Bytes, Bytes | None]:
+        """The tensor as it is now, and the base's where it can be sent relative to that. In one of several threads."""
+        based, spec = found
+        new = self._memory.take(spec.size_bytes)
+        self._checkpoint.read_into(spec.name, new)
+        if not based:
+            return TensorEntry(spec, tensor_digest(new.data)), new, None
+        before = self._before[spec.name]
+        old = self._base(before.digest)
+        return (TensorEntry(spec, tensor_digest(new.data)) if changed(new, old) else before), new, old
 
     def _travelling(self, entry: TensorEntry, new: Bytes, old: Bytes | None) -> Iterator[Input]:
         carried = entry.digest not in self._at_hand and new.size > 0
