@@ -123,6 +123,8 @@ def converge(world: World) -> None:
     assert target is not None
     reached = run.run(lambda: world.all_serve(target.order), for_s=HEALED_S)
     need(reached, "I12", f"not every worker reached {target.order} {target.version}: {_where(world)}")
+    dropped = run.run(lambda: not world.leader.payloads(), for_s=HEALED_S)
+    need(dropped, "I19", f"payloads that nobody needs stay in the server: {world.leader.payloads()}")
 
 
 def _publish_last(world: World) -> bool:
