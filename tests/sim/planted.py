@@ -147,7 +147,7 @@ PLANTED = (
     Bug(
         "I24",
         "a manifest that is there is replaced by one that is not synced",
-        ((Manifests, "_is_there", always(False)),),
+        ((Manifests, "_holds", always(False)),),
         ("published_again", "power_cut"),
     ),
     Bug("I24", "a worker's record is not synced", ((Store, "put_record", unsynced),)),
