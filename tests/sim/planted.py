@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
-from refleet.common.manifests import Manifests
 from refleet.common.memory_stream import MemoryStream
 from refleet.common.store import Store
 from refleet.publisher import claim, compare, payloads, publish, source_file
@@ -143,12 +142,6 @@ PLANTED = (
         "an epoch that was claimed twice is kept",
         ((claim.Claim, "_is_of_another_store", always(False)),),
         ("usurped",),
-    ),
-    Bug(
-        "I24",
-        "a manifest that is there is replaced by one that is not synced",
-        ((Manifests, "_holds", always(False)),),
-        ("published_again", "power_cut"),
     ),
     Bug("I24", "a worker's record is not synced", ((Store, "put_record", unsynced),)),
     Bug("I24", "a release is not synced", ((Store, "put_records", unsynced_all),)),
