@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..common import wire
 from ..common.errors import MalformedRecord, UnknownVersion, UsageError
@@ -60,6 +60,10 @@ class SentPayload:
     @property
     def need(self) -> tuple[bytes | None, bytes, tuple[bytes, ...]]:
         return (self.base, self.target, self.lacks)
+
+    def given_up(self) -> SentPayload:
+        """The same as nobody's: its writer lives, and will not finish it."""
+        return replace(self, host="", created_at_ms=0)
 
     @property
     def abandoned(self) -> bool:

@@ -18,7 +18,7 @@ from ..common import wire
 from ..common.crashpoint import crash_point
 from ..common.delta import Encoder, Input, Part, as_bytes, cut, plan
 from ..common.digest import digest_of
-from ..common.errors import DamagedTensor, OverBudget, StreamError, UnknownVersion
+from ..common.errors import DamagedTensor, OverBudget, StoreError, StreamError, UnknownVersion
 from ..common.layout import in_body_order
 from ..common.limits import GIB, LIMITS
 from ..common.messages import Coming
@@ -95,8 +95,9 @@ class Payloads:
         try:
             yield out
         finally:
-            if out.ref is None:
-                self.remove(out.payload_id)
+            if out.ref is None and not self.remove(out.payload_id):
+                with suppress(StoreError):
+                    self._book.save_payload(out.record.given_up())
 
     def send(
         self,
@@ -197,12 +198,14 @@ class Payloads:
                 next="raise --budget (and the server's maxmemory), or wait until workers have caught up",
             )
 
-    def remove(self, payload_id: str) -> None:
+    def remove(self, payload_id: str) -> bool:
+        """False when the server is away: its expiry removes it, and the record goes with the next clean."""
         try:
             self._stream.drop_payload(payload_id)
         except StreamError:
-            return  # its expiry removes it; the record goes with the next clean
+            return False
         self._book.drop_payload(payload_id)
+        return True
 
 
 class Outgoing:

@@ -224,3 +224,22 @@ def test_a_release_that_another_process_recorded_is_durable_before_it_is_written
     monkeypatch.setattr(publisher.stream, "append", lambda *a, **o: (steps.append("append"), append(*a, **o)))
     assert publisher.claim.heal()
     assert steps == [publisher.store.root / "records", "append"]
+
+
+def test_half_a_payload_that_could_not_be_dropped_goes_with_the_next_clean(
+    small_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while the process lives that began it."""
+    publisher = small_world.publisher(answer=False)
+    publisher.publish(checkpoint(1), version="v1")
+
+    def away(*_args: object, **_options: object) -> None:
+        raise StreamUnavailable("away")
+
+    with monkeypatch.context() as gone:
+        gone.setattr(publisher.stream, "put_chunk", away)
+        gone.setattr(publisher.stream, "drop_payload", away)
+        assert isinstance(reason(lambda: publisher.publish(checkpoint(2), version="v2")), StreamUnavailable)
+    (half,) = [payload for payload in publisher.book.payloads() if payload.ref is None]
+    publisher._payloads.clean(fleet(publisher.stream))
+    assert half.payload_id not in [payload.payload_id for payload in publisher.book.payloads()]

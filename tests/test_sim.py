@@ -29,7 +29,7 @@ def test_every_seed_holds_and_every_kind_of_fault_happens() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("bug", PLANTED, ids=lambda bug: f"{bug.invariant}-{bug.name}")
 def test_a_planted_bug_is_found(bug: Bug) -> None:
-    seed, error = hunt(bug, seeds=120)
+    seed, error = hunt(bug, seeds=200)
     print(f"{bug.invariant} {bug.name}: seed {seed}: {error}")
     assert seed is not None, f"nobody noticed: {bug.name}"
 

@@ -191,3 +191,14 @@ def test_removed_manifests_are_synced_before_their_tensors_go(tmp_path: Path, ca
         "remove manifests/*", "sync manifests",
         "sync temp/*", "rename temp/* packs/*", "sync packs", "remove packs/*",
     ]  # fmt: skip
+
+
+def test_a_manifest_that_is_there_is_not_replaced_by_one_that_a_power_cut_may_tear(tmp_path: Path) -> None:
+    """I24: publishing the target again, which then has nothing to do, must not put it at risk."""
+    with Store(tmp_path) as store:
+        manifest = put(store, version(1))
+        store.settle()
+        path = tmp_path / "manifests" / manifest.fingerprint.hex()
+        durable = path.stat().st_ino
+        put(store, version(1))
+        assert path.stat().st_ino == durable

@@ -150,7 +150,7 @@ def published_while_written(world: World) -> None:
             actor.write_checkpoint(following, ONE_FILE, slowly=True)
 
     if following.other == world.first.other:
-        world.later(0.03, 0.25, write)
+        world.later(0.05, 0.25, write)
 
 
 def published_other(world: World) -> None:

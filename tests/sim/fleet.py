@@ -173,6 +173,10 @@ class PublisherActor:
         except (FileNotFoundError, IndexError):
             return ""
 
+    def payloads(self) -> list[str]:
+        """Payloads that this store knows to be in the server."""
+        return [name for name in self.host.disk.folders[self.records].entries if name.startswith("payload-")]
+
     def processes(self) -> list[Process]:
         return [each for each in (*self.commands, self.daemon) if each is not None and each.alive]
 

@@ -125,9 +125,10 @@ PLANTED = (
         ((staging, "partial", lambda _: lambda *_a, **_o: lambda _m: None),),
         ("published_other",),
     ),
-    Bug("I17", "a change of structure is not told", ((publish, "restructures", always(False)),)),
+    Bug("I17", "a change of structure is not told", ((publish, "restructures", always(False)),), ("published_other",)),
     Bug("I18", "changes of a sign bit are overlooked", ((compare, "changed", mantissa_only),)),
-    Bug("I19", "a wrong chunk is read again without end", ((receive, "_READS", lambda _: 10**9),)),
+    Bug("I19", "a wrong chunk is read again without end", ((receive, "_READS", lambda _: 10**9),), ("chunk_rotted",)),
+    Bug("I19", "payloads are never dropped", ((payloads.Payloads, "clean", always(0)),)),
     Bug("I20", "silence is not told", ((Board, "silent", lambda _: property(lambda _board: False)),)),
     Bug("I23", "the rollback window is not kept", ((publish, "reasons_to_keep", target_only),)),
     Bug(

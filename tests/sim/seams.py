@@ -65,6 +65,10 @@ _PLACES: dict[Any, Any] = {
 @contextmanager
 def installed() -> Iterator[None]:
     """During the block refleet runs on the active kernel. Not to be nested."""
+    for thread in threading.enumerate():  # real ones of refleet would run on simulated modules
+        if thread.name.startswith("refleet-"):
+            thread.join(10.0)
+            assert not thread.is_alive(), f"{thread.name} still runs"
     gc.collect()
     gc.freeze()  # what is here before any run is not looked at after each of them
     undo = _swapped()
