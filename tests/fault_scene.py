@@ -16,6 +16,7 @@ from refleet.common import wire
 from refleet.common.errors import RefleetError
 from refleet.common.messages import Ack, Evidence
 from refleet.common.redis_stream import RedisStream
+from refleet.common.signing import SigningKey, Trust
 from refleet.publisher.checkpoint import open_checkpoint
 from refleet.publisher.compare import hashed
 from safetensors.torch import save_file
@@ -36,6 +37,11 @@ class Scene:
         self._scheme, self._query = ("rediss", f"?ssl_ca_certs={tls[1]}") if tls else ("redis", "")
         self.processes = Processes(folder, model)
         self.processes.redis = self.url(self.to_worker)
+        # signed: of what is not, a flipped bit may make another release that is well-formed, too
+        self._key, self._trust = folder / "key", folder / "trust"
+        key = SigningKey.new()
+        key.save(self._key)
+        Trust.add(self._trust, key.public_text)
         self.known: dict[str, str] = {}
         self.fingerprints: dict[str, bytes] = {}
         self.publisher: subprocess.Popen[bytes] | None = None
@@ -51,14 +57,14 @@ class Scene:
     def start_publisher(self) -> subprocess.Popen[bytes]:
         command = [
             BIN / "refleet", "serve", "--model", self.model, "--store", self.folder / "store",
-            "--watch", self._watched, "--redis", self.url(self.to_publisher), "--poll", "0.05",
+            "--watch", self._watched, "--redis", self.url(self.to_publisher), "--poll", "0.05", "--key", self._key,
         ]  # fmt: skip
         with open(self.folder / "publisher.log", "ab") as log:
             self.publisher = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder)
         return self.publisher
 
     def start_worker(self, *arguments: str | Path, crash_at: str = "") -> subprocess.Popen[bytes]:
-        self.worker = self.processes.worker("w0", *arguments, crash_at=crash_at)
+        self.worker = self.processes.worker("w0", "--trust", self._trust, *arguments, crash_at=crash_at)
         return self.worker
 
     def publish(self, *, change: float = 0.05) -> str:

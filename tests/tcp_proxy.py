@@ -56,7 +56,8 @@ class TcpProxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self.fired = threading.Event()
-        self.received_bytes = self.forwarded_bytes = self.corrupted = 0
+        #: `held`: connections with bytes that can't pass now
+        self.held = self.forwarded_bytes = self.corrupted = 0
         self._random = random.Random(seed)
         self._joined = threading.Event()  # cleared while there is a partition
         self._joined.set()
@@ -151,8 +152,7 @@ class TcpProxy:
         while True:
             for ready in select.select([client, server], [], [])[0]:
                 data = ready.recv(1 << 18)
-                self.received_bytes += len(data)
-                self._joined.wait()
+                self._wait_for_the_other_side()
                 if not data:
                     return
                 if ready is client:
@@ -170,6 +170,14 @@ class TcpProxy:
                     self._send(client, self._corrupted(data))
                 elif not self._break(broken, data, client, server):
                     return
+
+    def _wait_for_the_other_side(self) -> None:
+        if not self._joined.is_set():
+            with self._lock:
+                self.held += 1
+            self._joined.wait()
+            with self._lock:
+                self.held -= 1
 
     def _break(self, broken: _Armed, reply: bytes, client: socket.socket, server: socket.socket) -> bool:
         """A reply is there, so the server has executed the request. Returns whether the connection goes on."""
@@ -198,7 +206,7 @@ class TcpProxy:
             part = data[start : start + step]
             if link.bytes_per_s:
                 time.sleep(len(part) / link.bytes_per_s)
-                self._joined.wait()
+                self._wait_for_the_other_side()
             to.sendall(part)
 
     def _corrupted(self, reply: bytes) -> bytes:
