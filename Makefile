@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # what an install builds from: a change of the C sources builds them anew
 BUILD  := pyproject.toml setup.py constraints.txt $(wildcard common/_kernels*.[ch])
 
-.PHONY: demo test test-plan check lint types imports bench typing servers clean
+.PHONY: demo test test-plan fuzz soak check lint types imports bench typing servers clean
 .PHONY: bench-links bench-picture bench-scale bench-transport bench-store bench-codec bench-check
 
 demo: $(VENV)/.demo
@@ -19,6 +19,14 @@ test: $(VENV)/.dev servers
 # Refit plans over real model families. A CUDA build of torch (6 GB) in an environment of its own; needs no GPU.
 test-plan: $(VENV)-plan/.plan
 	REFLEET_PLAN_TESTS=1 $(VENV)-plan/bin/pytest -n 2 --dist worksteal tests/plan
+
+# Mutated inputs for every decoder, in two processes; what it finds is kept in tests/fuzz/corpus. Nightly: CASES=1000000.
+fuzz: $(VENV)/.dev
+	$(BIN)/python tests/fuzz.py --cases $(or $(CASES),20000) $(if $(SEED),--seed $(SEED))
+
+# Publishing, kills and restarts on real processes for ten minutes, with a table of what happened at the end.
+soak: $(VENV)/.dev servers
+	$(BIN)/python tests/soak.py --seconds $(or $(SECONDS),600) $(if $(SEED),--seed $(SEED))
 
 check: lint types imports test
 
