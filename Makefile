@@ -7,8 +7,8 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # what an install builds from: a change of the C sources builds them anew
 BUILD  := pyproject.toml setup.py constraints.txt $(wildcard common/_kernels*.[ch])
 
-.PHONY: demo test test-plan check lint types imports bench typing servers clean
-.PHONY: bench-links bench-picture bench-scale bench-transport bench-store bench-codec bench-check sim sim-planted
+.PHONY: demo test test-plan sim sim-planted fuzz soak check lint types imports typing servers clean
+.PHONY: bench bench-links bench-picture bench-scale bench-transport bench-store bench-codec bench-check
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -28,6 +28,14 @@ sim: $(VENV)/.dev
 # Breaks each mechanism in turn, and says which seed told.
 sim-planted: $(VENV)/.dev
 	$(BIN)/python tests/sim --planted
+
+# Mutated inputs for every decoder, in two processes; what it finds is kept in tests/fuzz/corpus. Nightly: CASES=1000000.
+fuzz: $(VENV)/.dev
+	$(BIN)/python tests/fuzz.py --cases $(or $(CASES),20000) $(if $(SEED),--seed $(SEED))
+
+# Publishing, kills and restarts on real processes for ten minutes, with a table of what happened at the end.
+soak: $(VENV)/.dev servers
+	$(BIN)/python tests/soak.py --seconds $(or $(SECONDS),600) $(if $(SEED),--seed $(SEED))
 
 check: lint types imports test
 

@@ -117,17 +117,24 @@ class Link:
 
     @contextmanager
     def use(self, doing: str) -> Iterator[Any]:
-        """The redis-py client; whatever it raises leaves as an error of refleet that says what it was `doing`."""
+        """The redis-py client; whatever it raises leaves as an error of refleet that says what it was `doing`.
+
+        Replies are taken apart inside the block, too: a link that flips bits may bring one of any shape.
+        """
         about = f"model {self._model}, {doing}"
         if self._closed:
             raise self._gone(about)
         try:
             yield self._client
-        except (RedisError, OSError, ValueError, AttributeError) as error:
+        except (RedisError, OSError, ValueError, TypeError, LookupError, AttributeError) as error:
             if self._closed:  # closing pulls sockets from under waiting calls, with errors of all kinds
                 raise self._gone(about) from None
             if not isinstance(error, (RedisError, OSError)):
-                raise
+                self._pool.disconnect(inuse_connections=False)  # who knows what comes next on the one that was used
+                raise StreamError(
+                    f"Redis at {self.address} gave an answer that can't be read: {type(error).__name__}: {error}",
+                    about=about,
+                ) from error
             raise _translated(error, self.address, about) from error
 
     def run(self, doing: str, command: Callable[[Any], T], *, tries: int = 1) -> T:

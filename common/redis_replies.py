@@ -14,6 +14,7 @@ from .wire import pack
 
 Argument = str | bytes | int
 
+_ID_BYTES = 41  # two numbers of 64 bits
 LIFETIME = struct.Struct(">Q")  # in front of a worker's status: how long the heartbeat lives, ms
 
 
@@ -23,7 +24,7 @@ def records(entries: list[tuple[bytes, dict[bytes, bytes]]]) -> list[tuple[bytes
 
 
 def with_text_ids(entries: list[tuple[bytes, bytes]]) -> list[tuple[str, bytes]]:
-    return [(entry_id.decode(), record) for entry_id, record in entries]
+    return [(text_id(log_id(entry_id)), record) for entry_id, record in entries]
 
 
 def text_id(order: LogId) -> str:
@@ -31,7 +32,9 @@ def text_id(order: LogId) -> str:
 
 
 def log_id(entry_id: bytes) -> LogId:
-    epoch, seq = entry_id.split(b"-")
+    epoch, _, seq = entry_id.partition(b"-")
+    if not (epoch.isdigit() and seq.isdigit() and len(entry_id) <= _ID_BYTES):
+        raise StreamError(f"the server names an entry {entry_id[:_ID_BYTES]!r}, which is no id")
     return int(epoch), int(seq)
 
 

@@ -32,6 +32,7 @@ from .redis_replies import (
 )
 from .stream import (
     ACK_KEEP_S,
+    NOTHING,
     Entries,
     Keys,
     LogId,
@@ -97,22 +98,23 @@ class RedisStream:
 
     def last_ids(self) -> tuple[LogId, str]:
         doing = "asking for the last ids"
-        with self._log.use(doing) as redis:
-            replies = send_all(redis, lambda pipe: pipe.xinfo_stream(self._keys.log).xinfo_stream(self._keys.control))
         last = []
-        for reply in replies:
-            if isinstance(reply, ResponseError) and "no such key" in str(reply):
-                last.append(b"0-0")
-            elif isinstance(reply, Exception):
-                raise self._log.refuse(reply, doing)
-            else:
-                last.append(reply["last-generated-id"])
-        return log_id(last[0]), last[1].decode()
+        with self._log.use(doing) as redis:
+            for reply in send_all(
+                redis, lambda pipe: pipe.xinfo_stream(self._keys.log).xinfo_stream(self._keys.control)
+            ):
+                if isinstance(reply, ResponseError) and "no such key" in str(reply):
+                    last.append(NOTHING[0])
+                elif isinstance(reply, Exception):
+                    raise self._log.refuse(reply, doing)
+                else:
+                    last.append(log_id(reply["last-generated-id"]))
+        return last[0], text_id(last[1])
 
     def history(self, count: int) -> list[tuple[LogId, bytes]]:
         with self._log.use("reading the log's history") as redis:
             newest = records(redis.xrevrange(self._keys.log, count=count))
-        return [(log_id(entry_id), record) for entry_id, record in reversed(newest)]
+            return [(log_id(entry_id), record) for entry_id, record in reversed(newest)]
 
     def claim(self, lease: Lease, *, floor: int, ttl_s: float, take_over: bool) -> int:
         keys = [self._keys.epoch, self._keys.lease]
@@ -120,8 +122,8 @@ class RedisStream:
             doing = "claiming the epoch"
             with self._link.use(doing) as redis:
                 seen_epoch, seen_lease = redis.get(keys[0]) or b"", redis.hget(keys[1], "record") or b""
-            held = unpack(seen_lease, Lease) if seen_lease else None
-            epoch = next_epoch(lease, held=held, epoch=epoch_number(seen_epoch), floor=floor, take_over=take_over)
+                held = unpack(seen_lease, Lease) if seen_lease else None
+                epoch = next_epoch(lease, held=held, epoch=epoch_number(seen_epoch), floor=floor, take_over=take_over)
             mine = replace(lease, epoch=epoch)
             # the decision is made here, where the memory twin shares it; the server only compares and sets
             args = [seen_epoch, seen_lease, *fence_arguments(mine, ttl_s)]
@@ -160,7 +162,7 @@ class RedisStream:
     def lease(self) -> Lease | None:
         with self._link.use("asking who publishes") as redis:
             record = redis.hget(self._keys.lease, "record")
-        return unpack(record, Lease) if record is not None else None
+            return unpack(record, Lease) if record is not None else None
 
     def _fenced(
         self, doing: str, script: str, lease: Lease, ttl_s: float, key: str = "", *more_args: Argument, tries: int = 1
@@ -168,11 +170,15 @@ class RedisStream:
         """The script's verdict and what it adds to it. Raises StaleEpoch when the fence refused."""
         keys = [self._keys.epoch, self._keys.lease, *([key] if key else [])]
         args = [*fence_arguments(lease, ttl_s), *more_args]
-        verdict, *more = self._link.run(doing, lambda redis: scripts.run(redis, script, keys, args), tries=tries)
-        if verdict == b"stale":
-            held = unpack(more[1], Lease) if more[1] else None
-            raise fenced_off(lease, held=held, epoch=epoch_number(more[0]))
-        return verdict, more[0] if more else b""
+
+        def run(redis: Any) -> tuple[bytes, bytes]:
+            verdict, *more = scripts.run(redis, script, keys, args)
+            if verdict == b"stale":
+                held = unpack(more[1], Lease) if more[1] else None
+                raise fenced_off(lease, held=held, epoch=epoch_number(more[0]))
+            return verdict, more[0] if more else b""
+
+        return self._link.run(doing, run, tries=tries)
 
     def carrier(self) -> str:
         if self._carrier == AUTO:
@@ -212,7 +218,7 @@ class RedisStream:
         workers = {self._keys.ack(worker).encode(): worker for worker in after}
         cursors = {self._keys.ack(worker): cursor for worker, cursor in after.items()}
         found = self._wait(self._link, "reading acks", cursors, block_s, ACKS_AT_ONCE)
-        return {workers[key]: with_text_ids(entries) for key, entries in found.items()}
+        return {workers[key]: with_text_ids(entries) for key, entries in found.items() if key in workers}
 
     def last_acks(self, worker: str, count: int) -> list[tuple[str, bytes]]:
         with self._link.use(f"reading the last acks of {worker}") as redis:
@@ -255,8 +261,10 @@ class RedisStream:
                 pipe.getrange(key, 0, LIFETIME.size + self._limits.record_bytes)
                 pipe.pttl(key)
 
-        replies = self._all("reading heartbeats", fill)
-        return [member_of(*each) for each in zip(workers, replies[::2], replies[1::2], strict=True)]
+        doing = "reading heartbeats"
+        replies = self._all(doing, fill)
+        with self._link.use(doing):
+            return [member_of(*each) for each in zip(workers, replies[::2], replies[1::2], strict=True)]
 
     def facts(self) -> ServerFacts:
         return _facts(self._link)
@@ -286,14 +294,13 @@ class RedisStream:
             left_s = min(deadline - time.monotonic(), self._slice_s)
             with link.use(doing) as redis:
                 reply = redis.xread(cursors, count=count, block=milliseconds(left_s) if left_s > 0 else None)
-            if reply or time.monotonic() >= deadline:
-                return {key: records(entries) for key, entries in reply}
+                if reply or time.monotonic() >= deadline:
+                    return {key: records(entries) for key, entries in reply}
 
 
 def _facts(link: Link) -> ServerFacts:
     with link.use("asking the server about itself") as redis:
         try:
-            info = redis.info()
+            return facts_of(redis.info())
         except NoPermissionError:
             return ServerFacts("unknown (INFO is not permitted)", 0, 0, None, None, None)
-    return facts_of(info)

@@ -26,6 +26,8 @@ _POLL_S = 0.2
 _UPKEEP_S = 1.0
 #: an offer is repeated after this long while somebody still wants it: the control stream may have been lost
 _OFFER_AGAIN_S = 3.0
+#: how long the end waits for the round at hand before it pulls the connection from under it
+_STOP_S = 1.0
 
 
 class Service:
@@ -47,9 +49,13 @@ class Service:
             self._thread.start()
 
     def stop(self) -> None:
+        """Ends the thread, and the stream with it where the server does not answer."""
         self._stop.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(_STOP_S)
+            if self._thread.is_alive():
+                self._stream.close()
+                self._thread.join()
         self._store.close()
 
     def _run(self) -> None:
@@ -65,7 +71,7 @@ class Service:
                 self._notify(f"stopped: {error}")
                 return
             except StreamError as error:
-                if not away:
+                if not away and not self._stop.is_set():
                     self._notify(f"the server is away: {error.what}")
                 away = True
                 self._stop.wait(1.0)

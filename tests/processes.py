@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+
+from refleet.common.redis_stream import RedisStream
+from refleet.publisher.fleet import WorkerView, fleet
 
 BIN = Path(sys.executable).parent
 
@@ -18,6 +19,7 @@ class Processes:
     def __init__(self, folder: Path, model: str):
         self.folder, self.model, self.redis = folder, model, ""
         self._running: list[subprocess.Popen[bytes]] = []
+        self._streams: dict[str, RedisStream] = {}
 
     def run(self, *arguments: str | Path, crash_at: str = "", store: str = "store") -> subprocess.CompletedProcess[str]:
         """`refleet COMMAND ... --model M`, whatever its exit code."""
@@ -56,10 +58,12 @@ class Processes:
         return self.folder / worker_id / "served.safetensors"
 
     def status_of(self, worker_id: str) -> str | None:
-        return self._view(worker_id).get("state")
+        view = self._view(worker_id)
+        return view.state if view else None
 
     def serving_of(self, worker_id: str) -> str | None:
-        return self._view(worker_id).get("serving")
+        view = self._view(worker_id)
+        return view.status.serving.version if view and view.status and view.status.serving else None
 
     def end(self, process: subprocess.Popen[bytes]) -> None:
         """SIGTERM, and it must end cleanly."""
@@ -71,10 +75,15 @@ class Processes:
             if process.poll() is None:
                 process.kill()
             process.wait(60)
+        for stream in self._streams.values():
+            stream.close()
 
-    def _view(self, worker_id: str) -> dict[str, Any]:
-        workers = json.loads(self.refleet("status", "--json"))["workers"]
-        return next((worker for worker in workers if worker["id"] == worker_id), {})
+    def _view(self, worker_id: str) -> WorkerView | None:
+        """As `refleet status` sees it, without the cost of a process for every look."""
+        if self.redis not in self._streams:
+            self._streams[self.redis] = RedisStream(self.redis, self.model)
+        workers = fleet(self._streams[self.redis]).workers
+        return next((worker for worker in workers if worker.id == worker_id), None)
 
     def _environment(self, crash_at: str, store: str) -> dict[str, str]:
         return os.environ | {

@@ -138,14 +138,28 @@ class Server:
 
 def self_signed(folder: Path) -> tuple[str, str]:
     """Files of a certificate for 127.0.0.1 and its key."""
+    return certificate(folder, "127.0.0.1")
+
+
+def certificate(
+    folder: Path, address: str, *, by: tuple[str, str] | None = None, expired: bool = False
+) -> tuple[str, str]:
+    """Files of a certificate for this address and its key, signed `by` another one and its key, or by itself."""
+    folder.mkdir(exist_ok=True)
     key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
-    now = datetime.now(UTC)
-    address = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
-    made = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
-    made = made.serial_number(1).not_valid_before(now - timedelta(hours=1)).not_valid_after(now + timedelta(hours=1))
-    certificate = made.add_extension(address, critical=False).sign(key, hashes.SHA256())
+    name = signer_name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, address)])
+    signer_key: Any = key
+    if by:
+        signer_name = x509.load_pem_x509_certificate(Path(by[0]).read_bytes()).subject
+        signer_key = serialization.load_pem_private_key(Path(by[1]).read_bytes(), None)
+    now, hour = datetime.now(UTC), timedelta(hours=1)
+    made = x509.CertificateBuilder().subject_name(name).issuer_name(signer_name).public_key(key.public_key())
+    made = made.serial_number(x509.random_serial_number()).not_valid_before(now - 2 * hour)
+    made = made.not_valid_after(now - hour if expired else now + hour)
+    made = made.add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address(address))]), critical=False)
+    made = made.add_extension(x509.BasicConstraints(ca=by is None, path_length=None), critical=True)
+    signed = made.sign(signer_key, hashes.SHA256())
     pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
-    (folder / "cert.pem").write_bytes(certificate.public_bytes(pem))
+    (folder / "cert.pem").write_bytes(signed.public_bytes(pem))
     (folder / "key.pem").write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
     return str(folder / "cert.pem"), str(folder / "key.pem")

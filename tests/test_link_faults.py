@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -85,6 +86,20 @@ def test_a_worker_cut_off_in_the_middle_of_a_command_catches_up(
     best = [ack for ack in world.acks("w0") if ack.version in ("v2", "v3")]
     assert best[-1].evidence == Evidence.SERVING
     assert all(ack.failure is None for ack in best)
+
+
+def test_a_publisher_ends_soon_while_its_server_does_not_answer(
+    cut: tuple[World, TcpProxy, OnServer], until: Until
+) -> None:
+    world, proxy, through = cut
+    publisher = Publisher(through.stream(), model=world.model, store=world.folder / "store", notify=world.notes.append)
+    publisher.publish(checkpoint(1), version="v1")
+    with proxy.partition():
+        until(lambda: proxy.held, "its service asks")
+        started = time.monotonic()
+        publisher.close()
+        assert time.monotonic() - started < 10, "it waited for the answer"
+    assert world.notes == []
 
 
 # ---------------------------------------------------------------------- back-pressure

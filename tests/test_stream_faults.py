@@ -215,11 +215,12 @@ def test_a_torn_reply_is_never_taken_for_a_whole_one(proxied: tuple[TcpProxy, Re
         assert stream.chunks(PAYLOAD, 0, 1) == [data]
 
 
-def test_a_server_that_stays_silent_is_given_up(server: Server, connect: Connect, model: str) -> None:
+@pytest.mark.parametrize("fault", [Fault.HOLD_REPLY, Fault.HALF_OPEN])
+def test_a_server_that_stays_silent_is_given_up(server: Server, connect: Connect, model: str, fault: Fault) -> None:
     with TcpProxy(server.port) as proxy:
         stream = connect(proxy.url, model, timeout_s=0.3)
         assert stream.last_ids() == NOTHING
-        proxy.break_next(Fault.HOLD_REPLY, b"XADD")
+        proxy.break_next(fault, b"XADD")
         with pytest.raises(StreamUnavailable, match="no answer in time"):
             stream.ack("w1", b"ack")
         stream.ack("w1", b"ack")

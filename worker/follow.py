@@ -41,6 +41,9 @@ class Follower:
         self._offers: deque[PayloadRef] = deque(maxlen=LIMITS.control_entries)
         self._seen_asks: deque[str] = deque(maxlen=LIMITS.control_entries)
         self._away = False  # the server did not answer the last time
+        self._doubt: tuple[LogId, LogId, bytes] | None = (
+            None  # a refused entry: the cursor before it, its id, its bytes
+        )
         # requests and announcements that are older than this worker are not for it
         self._first, self._older = True, (0, 0)
 
@@ -78,7 +81,7 @@ class Follower:
         reset_log = last_log < self._log
         reset_control = _control_id(last_control) < _control_id(self._control)
         if not reset_log and not reset_control:
-            return News()
+            return self._look_again(stream)
         if reset_control:
             self._control, self._older = NOTHING[1], (0, 0)
         if not reset_log:
@@ -92,13 +95,26 @@ class Follower:
         self._log = max(self._log, last_log)
         return news
 
+    def _look_again(self, stream: Stream) -> News:
+        """The newest entry may have been refused only because it was damaged on its way here: it is read once more."""
+        if self._doubt is None:
+            return News()
+        (before, log_id, data), self._doubt = self._doubt, None
+        found = stream.read(before, self._control, block_s=0, count=1).log
+        again = [entry for entry in found if entry[0] == log_id and entry[1] != data]
+        if again:
+            self._log = before
+        return self._take(Entries(again, []), live=True)
+
     def _take(self, entries: Entries, *, live: bool) -> News:
         news = News()
         for log_id, data in entries.log:
-            self._log = log_id
+            before, self._log = self._log, log_id
+            self._doubt = None
             try:
                 release = self._judge(log_id, data)
             except ProtocolError as error:
+                self._doubt = (before, log_id, data)
                 # reading everything again after the server lost data shows old releases: no news, and no attack
                 if live or not isinstance(error, StaleEpoch | ReplayedRelease):
                     news.refused.append(Failure(error.code, f"log entry {log_id[0]}-{log_id[1]}: {error.what}", None))
