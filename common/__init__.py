@@ -33,7 +33,7 @@ Store
     shm            folders in this machine's memory
     manifests      its versions; folder_stamp: whether another process changed a folder
     retention      which packs go, which stay, which are copied
-    records        small files that are there whole or not at all, and locks
+    records        small files that are there whole or not at all, and locks; unsettled: visible, and synced later
 
 Stream
     stream         what a carrier of records and chunks must do, and the table of Redis keys
@@ -51,7 +51,7 @@ __all__ = [
     "digest", "wire", "signing", "codec", "sparse", "planes", "zstd", "lowrank", "kernels", "layout", "preface",
     "delta", "tensors", "threads",
     "store", "objects", "pack", "derived", "deltas", "rebuild", "memory", "host_memory", "host_image", "manifests",
-    "folder_stamp", "retention", "records", "store_folder", "named_records", "shm",
+    "folder_stamp", "retention", "records", "unsettled", "store_folder", "named_records", "shm",
     "stream", "redis_stream", "redis_link", "redis_payload", "redis_reader", "redis_wire", "redis_replies",
     "redis_scripts", "stream_rules", "memory_stream", "memory_server",
 ]  # fmt: skip

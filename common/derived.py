@@ -18,7 +18,8 @@ from .layout import Bytes
 from .memory import Memory
 from .pack import HEAL
 from .rebuild import Rebuild
-from .records import Unsettled, remove
+from .records import remove
+from .unsettled import Unsettled
 
 #: the whole tensor of a digest, where the store holds one: DamagedTensor where not
 ReadWhole = Callable[[bytes], Bytes]

@@ -11,8 +11,9 @@ from . import wire
 from .digest import digest_of
 from .errors import LimitExceeded, MalformedRecord, UnknownVersion
 from .limits import LIMITS
-from .records import Unsettled, disk_errors, read_file, remove, sync_path, write_file
+from .records import disk_errors, read_file, remove, sync_path, write_file
 from .types import Manifest
+from .unsettled import Unsettled
 
 #: tensors in all manifests that stay in memory: 100 MB of them at most
 _REMEMBERED = 1 << 18

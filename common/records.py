@@ -1,7 +1,7 @@
 """Small files that are there whole or not at all, temp files that tell whether their writer lives, and locks.
 
 A file becomes visible only by a rename. Where a power cut must not take it, its bytes reach the disk before and the
-name after that; a file whose bytes anybody can check may be visible first, and be `Unsettled`. Locks and the ownership
+name after that; a file whose bytes anybody can check may be visible first (unsettled.py). Locks and the ownership
 of temp files are `flock`s: the kernel drops them when a process dies, however it dies, and they hold across containers,
 where process ids say nothing.
 """
@@ -14,7 +14,6 @@ import os
 import re
 import secrets
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -214,30 +213,6 @@ def write_files(files: Mapping[Path, bytes], *, temp: Path, sync: bool = True) -
                 file.sync("record")
         for path, file in written:
             file.rename(path, "record", sync=sync and path == written[-1][0])
-
-
-class Unsettled:
-    """Files that are visible while a power cut may still take or tear them. Safe to use from several threads."""
-
-    def __init__(self) -> None:
-        self._guard = threading.Lock()
-        self._paths: set[Path] = set()
-
-    def add(self, path: Path) -> None:
-        """This one, until the next `settle`."""
-        with self._guard:
-            self._paths.add(path)
-
-    def settle(self) -> None:
-        """All of them are on the disk when this returns. Raises: StoreFull, StoreError: then they still count."""
-        with self._guard:
-            paths = set(self._paths)
-        for path in [*sorted(paths), *sorted({path.parent for path in paths})]:
-            with suppress(FileNotFoundError), disk_errors(path):  # removed meanwhile: nobody wants it any more
-                sync_path(path)
-        crash_point("store.settled")
-        with self._guard:
-            self._paths -= paths
 
 
 def read_file(path: Path) -> bytes | None:

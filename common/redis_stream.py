@@ -61,26 +61,21 @@ class RedisStream:
         self, url: str, model: str, *, read_from: str | None = None, payload_url: str | None = None,
         carrier: str = AUTO, timeout_s: float = TIMEOUT_S, limits: Limits = LIMITS,
     ):  # fmt: skip
-        """Urls: redis://, rediss:// or unix://. Raises UsageError for a bad url, carrier or model name.
-
-        `read_from`: a replica of `url`, from which log and payloads are read; everything else goes to `url`.
-        `payload_url`: another server, to which payloads are written and from which they are read.
-        `carrier` of new payloads: AUTO, STREAM or BLOBS.
+        """Urls: redis://, rediss:// or unix://. `read_from`: a replica, from which log and payloads are read;
+        `payload_url`: another server for payloads; `carrier` of new payloads: AUTO, STREAM or BLOBS.
+        Raises: UsageError for a bad url, carrier or model name.
         """
         if carrier not in (AUTO, STREAM, BLOBS):
-            raise UsageError(
-                f"carrier {carrier!r} is none of {AUTO}, {STREAM}, {BLOBS}",
-                next=f"set REFLEET_CARRIER, or carrier in refleet.toml, to {AUTO}: it suits every server",
-            )
+            wrong = f"carrier {carrier!r} is none of {AUTO}, {STREAM}, {BLOBS}"
+            raise UsageError(wrong, next=f"set REFLEET_CARRIER to {AUTO}: it suits every server")
         self.model = model
         self._keys = Keys(model)
         self._limits = limits
         self._carrier = carrier
         link = partial(Link, model=model, timeout_s=timeout_s)
-        self._link = link(url, given="--redis, REFLEET_REDIS")
-        self._log = link(read_from, given="--read-from, REFLEET_READ_FROM") if read_from else self._link
-        given = "--payload-redis, REFLEET_PAYLOAD_REDIS"
-        self._payload_link = link(payload_url, given=given) if payload_url else self._link
+        self._link = link(url, given="--redis")
+        self._log = link(read_from, given="--read-from") if read_from else self._link
+        self._payload_link = link(payload_url, given="--payload-redis") if payload_url else self._link
         # without a payload server, chunks and the release that names them come in order over one replication
         source = self._payload_link if payload_url else self._log
         self._payloads = RedisPayloads(self._payload_link, self._keys, limits, read=source)

@@ -10,10 +10,8 @@
     keepers/    what each worker wants, where several share one (store_folder.py)
 
 Several processes may use one store at once. A crash at any point leaves the state before or after a step.
-The workers of a host may share packs, deltas and manifests, in a folder beside their own ones, and the memory that
-versions are rebuilt in (host_memory.py).
-A version that came as a delta is kept as that delta, so that it costs what changed; every `ANCHOR_EVERY` versions
-`anchor` writes one whole, from which the next ones are rebuilt.
+The workers of a host may share packs, deltas, manifests and the memory that versions are rebuilt in (host_memory.py).
+A version that came as a delta is kept as one, and costs what changed; every `ANCHOR_EVERY` versions one is written whole.
 """
 
 from __future__ import annotations
@@ -37,10 +35,11 @@ from .memory import Memory
 from .named_records import NAME, NamedRecords
 from .objects import Batch, Objects
 from .pack import HEAL, PACK_BYTES
-from .records import Unsettled, file_bytes, locked, sweep
+from .records import file_bytes, locked, sweep
 from .retention import retain
 from .store_folder import Keepers, opened, refuse_shared
 from .types import Manifest, TensorEntry
+from .unsettled import Unsettled
 
 _OWN_LOCKS = {"id", "objects", "order"}
 _WRITE_WAIT_S = 600.0  # for another process's `collect`, which may copy gigabytes

@@ -24,10 +24,11 @@ from refleet.common.host_image import Image
 from refleet.common.limits import MIB
 from refleet.common.manifests import Manifests
 from refleet.common.pack import Pack, table_bytes
-from refleet.common.records import Unsettled, read_file
+from refleet.common.records import read_file
 from refleet.common.signing import SigningKey, Trust, open_envelope, seal
 from refleet.common.store import Store
 from refleet.common.types import DTYPE_BYTES, DeltaTensor, Index, Manifest, TensorEntry, TensorSpec
+from refleet.common.unsettled import Unsettled
 from refleet.publisher.checkpoint import open_checkpoint
 from refleet.publisher.safetensors_header import header_bytes, parse_header
 from refleet.worker.bundle import Bundle, save
