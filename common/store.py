@@ -11,7 +11,7 @@
 
 Several processes may use one store at once. A crash at any point leaves the state before or after a step.
 The workers of a host may share packs, deltas, manifests and the memory that versions are rebuilt in (host_memory.py).
-A version that came as a delta is kept as one, and costs what changed; every `ANCHOR_EVERY` versions one is written whole.
+A version that came as a delta is kept as one, and costs what changed; one in `ANCHOR_EVERY` is written whole.
 """
 
 from __future__ import annotations
