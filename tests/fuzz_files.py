@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 from bundle_twin import built
@@ -22,6 +22,7 @@ from refleet.common.pack import Pack, table_bytes
 from refleet.common.records import Unsettled, read_file
 from refleet.common.signing import SigningKey, Trust
 from refleet.common.types import DeltaTensor
+from refleet.publisher import source_file
 from refleet.publisher.checkpoint import open_checkpoint
 from refleet.publisher.safetensors_header import header_bytes, parse_header
 from refleet.worker.bundle import Bundle, save
@@ -60,8 +61,8 @@ def _checkpoints(folder: Path) -> list[Decoder]:
     def index(data: bytes) -> None:
         place = shards / "model.safetensors.index.json"
         place.write_bytes(data)
-        os.utime(place, (1, 1))  # one that was written just now is waited for
-        open_checkpoint(shards).close()
+        with mock.patch.object(source_file, "SETTLE_S", 0.0):  # one that was written just now is waited for
+            open_checkpoint(shards).close()
 
     def sized(data: bytes) -> bytes:
         return (len(data) - 34).to_bytes(8, "little") + data[8:] if len(data) > 34 else data
