@@ -67,11 +67,13 @@ def _pair(dtype: str) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg
     return base, new
 
 
-def _factors() -> lowrank.Factors:
-    """Of a product that is zero, so that whatever is near the base is near what they predict."""
+def _factored(new: np.ndarray, base: np.ndarray, dtype: str) -> bytes:  # type: ignore[type-arg]
+    """A lowrank block, whether it is small or not; of a product that is zero."""
     rows, rank = 70, 2
     a, b = np.ones(rank * _ELEMENTS // rows, "<f4"), np.zeros(rows * rank, "<f4")
-    return lowrank.Factors(a.view(np.uint8), b.view(np.uint8), "F32", rows, _ELEMENTS // rows, rank)
+    factors = lowrank.Factors(a.view(np.uint8), b.view(np.uint8), "F32", rows, _ELEMENTS // rows, rank)
+    number, rest = codec.encode_block(new, lowrank.predict(base, factors, dtype=dtype), dtype=dtype)
+    return lowrank.pack_factors(factors) + bytes([number]) + bytes(rest)
 
 
 def _codecs() -> list[Decoder]:
@@ -96,8 +98,7 @@ def _codecs() -> list[Decoder]:
                 if encoded is not None:
                     seeds.append(bytes([at]) + bytes(encoded))
                 if number == codec.LOWRANK and dtype in lowrank.DTYPES:
-                    factored, made = codec.encode_factored(target, base, _factors(), dtype=dtype)
-                    seeds += [bytes([at]) + bytes(made)] * (factored == codec.LOWRANK)
+                    seeds.append(bytes([at]) + _factored(target, base, dtype))
         return Decoder(f"codec-{codec.CODECS[number].name}", decode, seeds)
 
     return [decoder(number) for number in sorted(codec.CODECS)]
