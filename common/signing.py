@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blake3 import blake3
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InternalError, InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
@@ -106,7 +106,7 @@ class SigningKey:
             key = serialization.load_pem_private_key(data, password=None)
         except TypeError:  # this is how cryptography says that a password is needed
             raise UsageError("the key file is encrypted; refleet asks for no passphrase", about=str(path)) from None
-        except (ValueError, UnsupportedAlgorithm):
+        except (ValueError, UnsupportedAlgorithm, InternalError):  # the last one: OpenSSL on some damaged files
             raise UsageError("the key file is not a PEM private key (PKCS 8)", about=str(path), next=new) from None
         if not isinstance(key, Ed25519PrivateKey):
             raise UsageError("the key file holds a private key of another kind than Ed25519", about=str(path), next=new)

@@ -19,6 +19,7 @@ from refleet.common.redis_stream import RedisStream
 from refleet.common.signing import SigningKey, Trust
 from refleet.publisher.checkpoint import open_checkpoint
 from refleet.publisher.compare import hashed
+from refleet.publisher.fleet import newest_release
 from safetensors.torch import save_file
 from servers import Server
 from tcp_proxy import HONEST, TcpProxy
@@ -98,6 +99,17 @@ class Scene:
             return []
         finally:
             stream.close()
+
+    def target(self) -> str:
+        """The version that the log ends with; nothing while the server can't be asked."""
+        stream = RedisStream(self.server.url, self.model)
+        try:
+            release = newest_release(stream)
+        except RefleetError:
+            return ""
+        finally:
+            stream.close()
+        return release.version if release else ""
 
     def check(self) -> None:
         """One whole version is served, was at every look, and no ack claims what is not so."""

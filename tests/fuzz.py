@@ -26,8 +26,9 @@ from typing import Any, TypeVar
 
 import refleet.common
 from blake3 import blake3
-from fuzz_decoders import Decoder, decoders
+from fuzz_decoders import decoders
 from fuzz_mutate import Mutator
+from fuzz_scene import Decoder
 from refleet.common.errors import RefleetError
 from refleet.common.limits import MIB
 from refleet.common.shm import SHM
@@ -199,6 +200,19 @@ def names_of_all() -> list[str]:
         return [decoder.name for decoder in decoders(Path(folder))]
 
 
+def watched(command: list[str]) -> int:
+    """Runs one process to its end; the input that killed it is kept. Returns its exit code."""
+    with tempfile.NamedTemporaryFile() as current:
+        current.truncate(_CURRENT_BYTES)
+        code = subprocess.run([*command, "--current", current.name], check=False).returncode
+        if code < 0:
+            held = Path(current.name).read_bytes()
+            name, size = held[-64:].decode().strip(), int.from_bytes(held[:4], "little")
+            at = keep(name or "unknown", held[4 : 4 + size])
+            print(f"{name}: the process died of signal {-code}, its input is kept as {at}", flush=True)
+    return code
+
+
 def main(cases: int, seed: int, processes: int) -> int:
     """All decoders, so many cases together. Returns the exit code."""
     names = names_of_all()
@@ -207,16 +221,8 @@ def main(cases: int, seed: int, processes: int) -> int:
     codes: list[int] = []
 
     def one(share: list[str]) -> None:
-        with tempfile.NamedTemporaryFile() as current:
-            current.truncate(_CURRENT_BYTES)
-            command = [sys.executable, __file__, "--child", ",".join(share), "--cases", str(each), "--seed", str(seed)]
-            code = subprocess.run([*command, "--current", current.name], check=False).returncode
-            if code < 0:
-                held = Path(current.name).read_bytes()
-                name, size = held[-64:].decode().strip(), int.from_bytes(held[:4], "little")
-                at = keep(name or "unknown", held[4 : 4 + size])
-                print(f"{name}: the process died of signal {-code}, its input is kept as {at}", flush=True)
-            codes.append(code)
+        words = ["--child", ",".join(share), "--cases", str(each), "--seed", str(seed)]
+        codes.append(watched([sys.executable, __file__, *words]))
 
     threads = [threading.Thread(target=one, args=(names[n::processes],)) for n in range(processes)]
     for thread in threads:

@@ -40,6 +40,7 @@ class Fleet:
         self.acks, self.problems = Counter[str](), list[str]()
         self.contents, self.fingerprints, self.readers = dict[str, str](), dict[str, bytes](), dict[str, Reader]()
         self._versions, self._cursors = Versions(seed), dict[str, str]()
+        self._heard = self._newest = 0
         self.watched = folder / "checkpoints"
         self.watched.mkdir()
 
@@ -114,12 +115,20 @@ class Fleet:
         old.unlink(missing_ok=True)
         return version
 
-    def published(self) -> set[str]:
-        """Ids in what the publisher said so far."""
+    def published(self) -> int:
+        """How many were published: they are in turn. A publisher that is killed may not have said its last one."""
         log = self.folder / "publisher" / "log"
-        lines = log.read_text().splitlines() if log.exists() else []
-        events = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
-        return {event["version"] for event in events if event["event"] == "published"}
+        if log.exists():
+            with open(log, "rb") as file:
+                file.seek(self._heard)
+                new = file.read()
+            whole = new[: new.rfind(b"\n") + 1]
+            self._heard += len(whole)
+            for line in whole.splitlines():
+                event = json.loads(line) if line.startswith(b"{") else {}
+                if event.get("event") == "published":
+                    self._newest = max(self._newest, int(event["version"][1:]))
+        return self._newest
 
     # ------------------------------------------------------------------ what is seen
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tracemalloc
@@ -12,8 +13,9 @@ from pathlib import Path
 import msgpack
 import pytest
 import zstandard
-from fuzz import CORPUS, Finding, closely, corpus, fuzz, hang_alarm, run_case
-from fuzz_decoders import Decoder, decoders
+from fuzz import CORPUS, Finding, closely, corpus, fuzz, hang_alarm, run_case, watched
+from fuzz_decoders import decoders
+from fuzz_scene import Decoder
 from refleet.common.errors import LimitExceeded, MalformedRecord, RefleetError, UnreadableCheckpoint, UsageError
 from refleet.common.limits import LIMITS, MIB
 from refleet.common.signing import ENVELOPE_BYTES
@@ -38,6 +40,7 @@ def test_what_was_found_once_is_not_found_again(made: dict[str, Decoder]) -> Non
 def test_every_seed_is_accepted(made: dict[str, Decoder]) -> None:
     """Else its mutations would die at the door."""
     for decoder in made.values():
+        assert decoder.seeds, decoder.name
         for data in decoder.seeds[:1]:
             decoder.decode(data)
 
@@ -89,27 +92,15 @@ def test_the_fuzzer_finds_what_is_planted(kind: str, monkeypatch: pytest.MonkeyP
     assert {"error": "IndexError", "memory": "MiB", "time": "it took"}[kind] in str(found.value)
 
 
-def test_an_input_that_kills_the_process_is_kept(tmp_path: Path) -> None:
+def test_an_input_that_kills_the_process_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fuzz.CORPUS", tmp_path)
+    monkeypatch.chdir(Path(__file__).parent)
     code = (
         "import sys, fuzz, test_fuzz; from pathlib import Path\n"
-        "fuzz.CORPUS = Path(sys.argv[1]); planted = test_fuzz.planted('abort')\n"
-        "fuzz.decoders = lambda folder, only=(): [planted]\n"
-        "fuzz.__file__ = str(Path(sys.argv[1]) / 'again.py')\n"
-        "Path(fuzz.__file__).write_text(Path(sys.argv[2]).read_text())\n"
-        "sys.exit(fuzz.main(4000, seed=1, processes=1))"
-    )
-    again = tmp_path / "program.py"
-    again.write_text(
-        "import sys, fuzz, test_fuzz; from pathlib import Path\n"
         "fuzz.decoders = lambda folder, only=(): [test_fuzz.planted('abort')]\n"
-        "words = dict(zip(sys.argv[1::2], sys.argv[2::2]))\n"
-        "sys.exit(fuzz.child(['planted-abort'], int(words['--cases']), 1, Path(words['--current'])))\n"
+        "fuzz.child(['planted-abort'], 4000, 1, Path(sys.argv[-1]))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path, again], cwd=Path(__file__).parent, capture_output=True, text=True,
-        timeout=100, check=False, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
-    )  # fmt: skip
-    assert done.returncode == 1 and "died of signal 6" in done.stdout, done.stdout + done.stderr
+    assert watched([sys.executable, "-c", code]) == -signal.SIGABRT
     (kept,) = (tmp_path / "planted-abort").iterdir()
     assert b"\xff" in kept.read_bytes()
 

@@ -130,6 +130,8 @@ def test_a_server_that_is_killed_and_comes_back(
     scene.server.kill()
     scene.check()
     how(scene.server, tmp_path / "older")
+    scene.settle(until)
+    until(lambda: scene.target() == scene.newest, "the log says so, too")
     scene.publish()
     scene.settle(until)
 

@@ -38,7 +38,7 @@ def run_that(**facts: Any) -> Any:
     """A run as `report` takes it, with nothing wrong but `facts`."""
     fleet = SimpleNamespace(
         problems=facts.get("problems", []), acks=Counter(SERVING=3), torn=lambda: (9, facts.get("torn", [])),
-        published=lambda: {"v1"},
+        published=lambda: 1,
     )  # fmt: skip
     series: dict[str, list[tuple[float, float]]] = defaultdict(list, {"server": [(0.0, 10.0), (9.0, 10.5)]})
     series |= facts.get("series", {})
