@@ -120,7 +120,7 @@ class Scene:
             seen = look(self.processes.served("w0"))
             last = claimed[-1]
             assert seen.order >= (last.epoch, last.seq), f"an ack said SERVING {last.version}, the file is {seen}"
-        assert self.reader.torn == []
+        assert self.reader.torn == [] and self.reader.back == []
 
     def settle(self, until: Callable[..., None], *, timeout_s: float = 60.0) -> None:
         """Without any fault the fleet gets to the newest version by itself, and says so."""

@@ -20,7 +20,9 @@ from soak_fleet import FILE_WORKERS, TORCH_WORKERS, Fleet
 
 WORKERS = (*FILE_WORKERS, *TORCH_WORKERS)
 #: growth that counts as none, and MB that things may differ by between two moments
-FLAT, SLACK_MB = 1.3, 24.0
+FLAT, SLACK_MB, MEMORY_SLACK_MB = 1.3, 8.0, 24.0
+#: what a publisher's store keeps of each version for ever: its name, its release
+RECORDS_MB = 0.01
 #: a fault that is over has to be over for everybody within so long
 RECOVERY_S = 60.0
 _SAMPLE_S = 0.5
@@ -175,6 +177,7 @@ def report(soak: Soak) -> bool:
     """Prints what happened. Whether it was as it should be."""
     fleet = soak.fleet
     reads, torn = fleet.torn()
+    back = fleet.back()
     problems = [*fleet.problems, *(f"torn read: {text}" for text in torn[:10])]
     print(f"{'versions published':44} {fleet.published()}")
     print(f"{'versions seen in service':44} {len(soak.applied)}")
@@ -185,17 +188,22 @@ def report(soak: Soak) -> bool:
     print(f"{'recoveries':44} {soak.recoveries}, the slowest in {soak.slowest_s:.1f} s")
     print(f"{'looks at what is served':44} {reads}")
     print(f"{'torn reads':44} {len(torn)}")
+    print(f"{'steps back of a killed worker':44} {len(back)}")
     print(f"{'MB':24} {'start':>9} {'first third':>12} {'last third':>12} {'end':>9}")
     last_s = max((samples[-1][0] for samples in soak.series.values()), default=0.0)
     for name, samples in sorted(soak.series.items()):
         early = max((value for at, value in samples if at <= last_s / 3), default=0.0)
         late = max((value for at, value in samples if at >= 2 * last_s / 3), default=0.0)
-        flat = late <= FLAT * early + SLACK_MB
+        slack = MEMORY_SLACK_MB if name.startswith("memory") else SLACK_MB
+        kept = RECORDS_MB * fleet.published() if name == "disk publisher" else 0.0
+        flat = late <= FLAT * early + slack + kept
         print(
             f"{name:24} {samples[0][1]:9.1f} {early:12.1f} {late:12.1f} {samples[-1][1]:9.1f} {'' if flat else 'GREW'}"
         )
         if not flat:
             problems.append(f"{name} grew from {early:.1f} to {late:.1f} MB")
+    if len(back) > soak.faults["kill -9 of a worker"]:
+        problems.append(f"files went back more often than workers were killed: {back}")
     if not reads:
         problems.append("nobody looked at what is served")
     for problem in problems:

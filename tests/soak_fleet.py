@@ -185,6 +185,10 @@ class Fleet:
         wrong = [text for reader in self.readers.values() for text in reader.torn]
         return reads, wrong + [text for each in looks for text in each.get("torn", [])]
 
+    def back(self) -> list[str]:
+        """Files that went back to an older release."""
+        return [text for reader in self.readers.values() for text in reader.back]
+
     def close(self) -> None:
         for reader in self.readers.values():
             reader.close()

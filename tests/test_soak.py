@@ -38,7 +38,7 @@ def run_that(**facts: Any) -> Any:
     """A run as `report` takes it, with nothing wrong but `facts`."""
     fleet = SimpleNamespace(
         problems=facts.get("problems", []), acks=Counter(SERVING=3), torn=lambda: (9, facts.get("torn", [])),
-        published=lambda: 1,
+        published=lambda: 1, back=lambda: facts.get("back", []),
     )  # fmt: skip
     series: dict[str, list[tuple[float, float]]] = defaultdict(list, {"server": [(0.0, 10.0), (9.0, 10.5)]})
     series |= facts.get("series", {})
@@ -50,9 +50,11 @@ def run_that(**facts: Any) -> Any:
 def test_the_report_is_good_only_if_nothing_was_torn_nothing_grew_and_nobody_ended() -> None:
     assert report(run_that())
     assert not report(run_that(torn=["v2"]))
+    assert not report(run_that(back=["v1"])), "no worker was killed"
     assert not report(run_that(problems=["w0 ended by itself"]))
     growing = [(float(at), 100.0 + 5 * at) for at in range(60)]
     assert not report(run_that(series={"memory w0": growing}))
+    assert not report(run_that(series={"disk w0": [(0.0, 1.0), (9.0, 11.0)]}))
     sawtooth = [(float(at), 100.0 + 40 * (at % 10 > 5)) for at in range(60)]
     assert report(run_that(series={"memory w0": sawtooth}))
 
@@ -88,4 +90,4 @@ def test_the_reader_finds_a_mixture_a_cut_file_and_a_step_back(reader: Reader, u
     temp = reader.path.with_suffix(".temp")
     temp.write_bytes(wrong)
     temp.replace(reader.path)
-    until(lambda: reader.torn, "it is noticed")
+    until(lambda: reader.back if how == "back" else reader.torn, "it is noticed")

@@ -38,12 +38,13 @@ def look(path: Path) -> Seen:
 class Reader:
     """Reads a served file in a thread of its own; `known` are the contents by version, added before they are published.
 
-    `torn` tells of every reading that was no whole version, or went back behind an earlier one.
+    `torn` tells of every reading that was no whole version, `back` of every one of an older release than before: that
+    may happen where a worker was killed between its switch and its record, and never else.
     """
 
     def __init__(self, path: Path, known: dict[str, str], *, pause_s: float = 0.02):
         self.path, self._known, self._pause_s = path, known, pause_s
-        self.reads, self.torn = 0, list[str]()
+        self.reads, self.torn, self.back = 0, list[str](), list[str]()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -69,5 +70,5 @@ class Reader:
             if self._known.get(seen.version) != seen.content:
                 self.torn.append(f"{seen.version} has other content than was published")
             if seen.order < last:
-                self.torn.append(f"{seen.version}: {seen.order} after {last}")
+                self.back.append(f"{seen.version}: {seen.order} after {last}")
             last = seen.order
