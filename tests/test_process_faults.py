@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import _needed
 from fault_scene import Scene
 from refleet.common import redis_scripts
-from servers import KINDS, Server
+from servers import KINDS, Server, needed
 from tcp_proxy import Fault, Link
 
 Until = Callable[..., None]
@@ -25,7 +24,7 @@ PASSWORD = "s3cret"
 
 @pytest.fixture(scope="module", params=KINDS)
 def shared_scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    server = Server(_needed(request.param), aof=True).start()
+    server = Server(needed(request.param), aof=True).start()
     scene = Scene(tmp_path_factory.mktemp("faults"), f"m-{uuid.uuid4().hex[:12]}", server)
     scene.start_publisher()
     scene.start_worker()
