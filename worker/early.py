@@ -197,6 +197,8 @@ class Early:
         if self._arrival and self._arrival.coming.payload_id == coming.payload_id:
             return
         self.drop()
+        # the version before the base: its buffers take what comes, here or in another worker of this host
+        self._store.memory.trim()
         try:
             most_bytes = self._most_bytes(coming.base)
             self._held.enter_context(self._store.shared_lock("early", holder=f"payload {coming.payload_id}"))
@@ -211,7 +213,6 @@ class Early:
         decoder = None
         if coming.base is not None:
             decoder = EarlyDecoder(self._store.manifest(coming.base), self._store, likely=self._likely)
-        self._store.memory.trim()  # the version before the base: its buffers take what comes
         self._arrival = Arrival(coming, file, most_bytes=most_bytes, decoder=decoder)
         with self._wake:
             self._next = self._arrival
