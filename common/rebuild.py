@@ -98,12 +98,12 @@ class Rebuild:
         into: dict[int, Bytes] = {}
         for number in {span.number for place in part.places for span in place.spans}:
             tensor = tensors[number]
-            if tensor.digest in outs:
-                into[number] = outs[tensor.digest]
-            elif number in part.numbers:
-                into[number] = self._out(tensor.base, tensor.size_bytes)
-            else:  # beside them in a block
+            if number not in part.numbers:  # beside them in a block, maybe a copy of what another file gives
                 into[number] = np.empty(tensor.size_bytes, np.uint8)
+            elif tensor.digest in outs:
+                into[number] = outs[tensor.digest]
+            else:
+                into[number] = self._out(tensor.base, tensor.size_bytes)
         try:
             with part.file.reading() as read:
 
